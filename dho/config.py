@@ -105,8 +105,8 @@ class ViewsConfig:
 class TeacherConfig:
     """The vision-language teacher: any open_clip model (stage `teach`)."""
 
-    model: str = setting("dho-tiny", "open_clip model name, e.g. ViT-B-16; `dho-tiny` is this repository's stand-in.")
-    pretrained: str = setting("data/pretrained/open_clip_model.safetensors", "open_clip pretrained tag, or a local checkpoint file.")
+    model: str = setting("local-dir:data/pretrained", "open_clip model: a name such as ViT-B-16, hf-hub:org/repo, or local-dir:folder.")
+    pretrained: str | None = setting(None, "open_clip pretrained tag or checkpoint file; null where the model's name brings its weights.")
     batch_size: int = setting(256, "Images a forward pass, on each rank.", low=1)
     precision: str = setting("fp32", "Arithmetic of the image tower.", choices=("fp32", "bf16"))
     shard_images: int = setting(4096, "Images in one shard of the teacher store; an interrupted run loses at most one shard a rank.", low=1)
@@ -116,7 +116,8 @@ class TeacherConfig:
 class PretrainConfig:
     """The stand-in teacher, trained on the captions split (stage `pretrain`). Set enabled: false for a real open_clip checkpoint."""
 
-    enabled: bool = setting(True, "Train teacher.model on the captions split; false when teacher.pretrained is a real checkpoint.")
+    enabled: bool = setting(True, "Train a stand-in teacher on the captions split; false when teacher.model is a real one.")
+    architecture: str = setting("dho/teacher/dho-tiny.json", "open_clip config (model_cfg and preprocess_cfg) of the model to train.")
     seed: int = setting(0, "Seed of weights, batches and caption noise.", low=0)
     epochs: int = setting(6, "Passes over the captions split.", low=1)
     batch_size: int = setting(256, "Image-caption pairs a step.", low=2)
@@ -170,7 +171,6 @@ class TrainConfig:
     precision: str = setting("auto", "auto: bf16 autocast on GPU, fp32 on CPU.", choices=("auto", "fp32", "bf16"))
     channels_last: bool = setting(True, "Keep images and weights in channels-last memory order.")
     compile: bool = setting(False, "Compile the student with torch.compile.")
-    workers: int = setting(1, "Data-loading processes on each rank; 0 loads in the training process.", low=0)
     log_every: int = setting(20, "Steps between logged metrics.", low=1)
     checkpoint_every: int = setting(200, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = setting(2, "Newest checkpoints kept while training.", low=1)
@@ -210,6 +210,7 @@ class RegistryConfig:
 class LaunchConfig:
     """How stages `teach` and `train` are started on this machine; results do not depend on it beyond BatchNorm's batches."""
 
+    workers: int = setting(1, "Data-loading processes on each rank; 0 loads in the process itself.", low=0)
     processes: int | None = setting(None, "torchrun processes; null is one a GPU, or 1 without a GPU.", low=1)
 
 

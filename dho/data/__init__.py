@@ -1,0 +1,1 @@
+"""Images from their source to batches: catalogue, fetch, records, splits, shards and index, views, streams."""

@@ -1,0 +1,208 @@
+"""Stage `prepare`: check every image, draw the splits, write tar shards in WebDataset's layout and one index.
+
+    dho prepare
+
+Images are stored as they came. Files that cannot be used are listed in `rejected.csv` with the reason; more of them than
+`data.max_rejected` stop the stage. The output folder is complete or absent: it is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dho.config import DataConfig
+from dho.data import catalogue
+from dho.data.index import CARD, INDEX, SCHEMA, Index, fingerprint
+from dho.data.records import Source, open_source
+from dho.data.splits import SPLITS, Draw, draw
+from dho.errors import DataError
+from dho.files import sync
+from dho.progress import progress
+from dho.serving.dho_runtime import ImageRejected, decode
+
+REJECTED = "rejected.csv"
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What one look at an image file found."""
+
+    sha256: str
+    width: int
+    height: int
+    extension: str
+    reason: str | None
+    """Why it cannot be used; None when it can."""
+
+
+def prepare(config: DataConfig, raw: Path, out: Path) -> Index:
+    """Write the prepared data set of `raw` to `out` and return it.
+
+    Raises:
+        DataError: too many unusable files, a split cannot be drawn, or two splits share an image.
+    """
+    source = open_source(config, raw)
+    inspected = _inspect_all(source, config.max_pixels)
+    rejected = {number: found for number, found in enumerate(inspected) if found.reason is not None}
+    _refuse_too_many(source, rejected, config.max_rejected)
+    usable = {number: found.sha256 for number, found in enumerate(inspected) if found.reason is None}
+    drawn = draw(source.records, usable, source.class_names, config.splits, config.on_leak)
+
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    table = pa.Table.from_pylist(list(_write_shards(source, inspected, drawn, unfinished, config.shard_images)), schema=SCHEMA)
+    pq.write_table(table, unfinished / INDEX)
+    _write_rejected(source, rejected, unfinished / REJECTED)
+    card = _card(config, source, table, drawn, len(rejected))
+    (unfinished / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    for path in unfinished.iterdir():
+        sync(path)
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.replace(out)
+    sync(out.parent)
+    counts = ", ".join(f"{count} {name}" for name, count in card["images"].items())
+    print(f"prepare: {counts}; {len(rejected)} rejected, {len(drawn.dropped)} dropped")
+    return Index.load(out)
+
+
+def _inspect_all(source: Source, max_pixels: int) -> list[Inspected]:
+    numbers = range(len(source.records))
+    chunks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
+    workers = min(os.cpu_count() or 1, len(chunks))
+    if workers == 1:
+        _share(source, max_pixels)
+        return [found for chunk in progress(chunks, "prepare: checking", unit=256) for found in _inspect(chunk)]
+    with ProcessPoolExecutor(workers, initializer=_share, initargs=(source, max_pixels)) as pool:
+        return [found for part in progress(pool.map(_inspect, chunks), "prepare: checking", len(chunks), unit=256) for found in part]
+
+
+# What every worker process of the check needs; sent once and not with each chunk.
+_shared: dict[str, Any] = {}
+
+
+def _share(source: Source, max_pixels: int) -> None:
+    _shared.update(source=source, max_pixels=max_pixels)
+
+
+def _inspect(numbers: range) -> list[Inspected]:
+    return [inspect(_shared["source"], number, _shared["max_pixels"]) for number in numbers]
+
+
+def inspect(source: Source, number: int, max_pixels: int) -> Inspected:
+    """Read and decode one file."""
+    try:
+        data = source.read(number)
+    except OSError as error:
+        return Inspected("", 0, 0, "", f"cannot be read: {error.strerror}")
+    try:
+        image = decode(data, max_pixels)
+    except ImageRejected as reason:
+        return Inspected("", 0, 0, "", str(reason))
+    return Inspected(hashlib.sha256(data).hexdigest(), image.width, image.height, _extension(data), None)
+
+
+def _extension(data: bytes) -> str:
+    """The usual file ending of an image format, by its first bytes: WebDataset's readers choose a decoder by it."""
+    for start, extension in ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"RIFF", "webp")):
+        if data.startswith(start):
+            return extension
+    return "tif"
+
+
+def _refuse_too_many(source: Source, rejected: dict[int, Inspected], limit: float) -> None:
+    share = len(rejected) / max(1, len(source.records))
+    if share > limit:
+        number, found = next(iter(rejected.items()))
+        raise DataError(
+            f"{len(rejected)} of {len(source.records)} files ({share:.1%}) cannot be used, more than data.max_rejected {limit:.1%}; "
+            f"the first: {source.records[number].source}: {found.reason}"
+        )
+
+
+def _write_shards(source: Source, inspected: list[Inspected], drawn: Draw, folder: Path, shard_images: int) -> Iterator[dict[str, Any]]:
+    """Write the shards of every split and yield the index's rows, in the order of the splits and then of the source."""
+    order = sorted(drawn.split, key=lambda number: (SPLITS.index(drawn.split[number]), number))
+    place: Counter[str] = Counter()
+    shard: tarfile.TarFile | None = None
+    shard_name = ""
+    try:
+        for position, number in enumerate(progress(order, "prepare: writing shards")):
+            split, record, found = drawn.split[number], source.records[number], inspected[number]
+            name = f"{split}-{place[split] // shard_images:05d}.tar"
+            place[split] += 1
+            if shard is None or name != shard_name:
+                if shard is not None:
+                    shard.close()
+                shard, shard_name = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT), name  # noqa: SIM115 (spans iterations)
+            key, data = f"{position:08d}", source.read(number)
+            if hashlib.sha256(data).hexdigest() != found.sha256:
+                raise DataError(f"{record.source} changed while it was being prepared; run the stage again")
+            label = record.label if split != "unlabelled" else None
+            offset = _add(shard, f"{key}.{found.extension}", data)
+            if label is not None:
+                _add(shard, f"{key}.cls", str(label).encode())
+            if record.caption is not None:
+                _add(shard, f"{key}.txt", record.caption.encode())
+            yield {
+                "key": key,
+                "source": record.source,
+                "sha256": bytes.fromhex(found.sha256),
+                "shard": name,
+                "offset": offset,
+                "size": len(data),
+                "width": found.width,
+                "height": found.height,
+                "label": label,
+                "split": split,
+                "caption": record.caption,
+            }
+    finally:
+        if shard is not None:
+            shard.close()
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file with nothing of this machine in its header; returns the offset of its content, bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    start = shard.offset
+    shard.addfile(member, io.BytesIO(data))
+    return start + tarfile.BLOCKSIZE
+
+
+def _write_rejected(source: Source, rejected: dict[int, Inspected], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["source", "reason"])
+        writer.writerows([source.records[number].source, found.reason] for number, found in rejected.items())
+
+
+def _card(config: DataConfig, source: Source, table: pa.Table, drawn: Draw, rejected: int) -> dict[str, Any]:
+    counts = Counter(table["split"].to_pylist())
+    return {
+        "name": config.name,
+        "class_names": source.class_names,
+        "fingerprint": fingerprint(table),
+        "licence": catalogue.entry(config).licence,
+        "images": {split: counts[split] for split in SPLITS if counts[split]},
+        "left_out": len(source.records) - len(table) - rejected - len(drawn.dropped),
+        "rejected": rejected,
+        "dropped_leaks": len(drawn.dropped),
+        "duplicates_within": {split: count for split, count in drawn.duplicates.items() if count},
+    }

@@ -1,0 +1,164 @@
+"""What a data set consists of before it is divided: one `Record` a file, and the way to read its bytes.
+
+Fashion-MNIST's raw arrays become PNG (lossless); a user's folder is read as it is: `root/<class>/*` labelled, `root/unlabelled/*`
+unlabelled, or a CSV of path,label. Paths in CSV files are relative to `data.source`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dho.config import DataConfig
+from dho.data.catalogue import class_names
+from dho.errors import DataError
+from dho.files import write_atomically
+
+LISTING = "listing.csv"
+UNLABELLED_FOLDER = "unlabelled"
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image file before the splits are drawn."""
+
+    source: str
+    """Name that a person can find the image by: its path under `data.source`, or file and row of the raw arrays."""
+    pool: str
+    """`train` (divided further), `val`, `test` or `captions` (given by the data set)."""
+    label: int | None
+    caption: str | None = None
+
+
+class Source(Protocol):
+    """All records of a data set and their bytes; instances can be sent to worker processes."""
+
+    class_names: list[str]
+    records: list[Record]
+
+    def read(self, number: int) -> bytes:
+        """Bytes of record `number`, an image file; raises OSError when it cannot be read."""
+
+
+def open_source(config: DataConfig, raw: Path) -> Source:
+    """The source that `data.name` names, over the raw folder that stage `fetch` wrote; raises `DataError`."""
+    return FashionMnist(config, raw) if config.name == "fashion_mnist" else Folder(config, raw)
+
+
+class FashionMnist:
+    """The four raw files of Fashion-MNIST: 60,000 train and 10,000 test images, 28 x 28 grey."""
+
+    def __init__(self, config: DataConfig, raw: Path) -> None:
+        self.class_names = class_names(config)
+        self.records: list[Record] = []
+        self._images: list[Any] = []
+        for pool, part in (("train", "train"), ("test", "t10k")):
+            try:
+                labels = np.fromfile(raw / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
+                pixels = np.fromfile(raw / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)
+            except OSError as error:
+                raise DataError(f"{raw}: {error.strerror} ({error.filename}); run the fetch stage") from error
+            self._images.append(pixels)
+            self.records += [Record(f"{part}/{row:05d}", pool, int(label)) for row, label in enumerate(labels)]
+
+    def read(self, number: int) -> bytes:
+        train, test = self._images
+        buffer = io.BytesIO()
+        Image.fromarray(train[number] if number < len(train) else test[number - len(train)]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+class Folder:
+    """The user's own images, as listed by stage `fetch`."""
+
+    def __init__(self, config: DataConfig, raw: Path) -> None:
+        self._root = Path(str(config.source))
+        rows = _read_csv(raw / LISTING, tuple(field.name for field in fields(Record)))
+        names = class_names(config, sorted({row["label"] for row in rows if row["label"]}))
+        if len(names) < 2:
+            raise DataError(
+                f"{self._root}: found {len(names)} classes; expected one sub-folder a class, or data.labels, a CSV of path,label"
+            )
+        numbers = {name: number for number, name in enumerate(names)}
+        self.class_names = names
+        self.records = []
+        for row in rows:
+            label = row["label"] or None
+            if label is not None and label not in numbers:
+                raise DataError(f"{row['source']}: label {label!r} is not among the class names {', '.join(names)}")
+            self.records.append(Record(row["source"], row["pool"], None if label is None else numbers[label], row["caption"] or None))
+
+    def read(self, number: int) -> bytes:
+        return (self._root / self.records[number].source).read_bytes()
+
+
+def write_listing(config: DataConfig, raw: Path) -> None:
+    """List a user's images (path, pool, label by name, caption) in `raw/listing.csv`.
+
+    Raises:
+        DataError: no such folder, no images, or a CSV that is wrong (names the file and the row).
+    """
+    root = Path(str(config.source))
+    if not root.is_dir():
+        raise DataError(f"data.source is {str(root)!r}; expected a folder of images")
+    listed = [(pool, name) for pool, name in (("val", config.val), ("test", config.test)) if name is not None]
+    rows = [{"source": row["path"], "pool": pool, "label": row["label"]} for pool, name in listed for row in _user_csv(root, name, "label")]
+    for row in rows:
+        if not row["label"]:
+            raise DataError(f"{row['source']} in the {row['pool']} list has no label")
+    if config.captions is not None:
+        rows += [
+            {"source": row["path"], "pool": "captions", "caption": row["caption"]} for row in _user_csv(root, config.captions, "caption")
+        ]
+    taken = {row["source"] for row in rows}
+    if config.labels is not None:
+        train = [{"source": row["path"], "label": row["label"]} for row in _user_csv(root, config.labels, "label")]
+    else:
+        train = [
+            {"source": path.relative_to(root).as_posix(), "label": "" if folder.name == UNLABELLED_FOLDER else folder.name}
+            for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in SUFFIXES and path.is_file()
+        ]
+    rows += [{**row, "pool": "train"} for row in train if row["source"] not in taken]
+    if not rows:
+        raise DataError(f"{root}: no images found; expected {root}/<class>/*.jpg, or data.labels, a CSV of path,label")
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(Record)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(Record("", "", None)) | row for row in rows)
+    write_atomically(raw / LISTING, buffer.getvalue())
+
+
+def _user_csv(root: Path, name: str, column: str) -> Iterable[dict[str, str]]:
+    path = root / name
+    seen: dict[str, int] = {}
+    for number, row in enumerate(_read_csv(path, ("path", column)), start=2):
+        if not row["path"]:
+            raise DataError(f"{path}, row {number}: the path is empty")
+        if row["path"] in seen:
+            raise DataError(f"{path}, row {number}: {row['path']} is already in row {seen[row['path']]}")
+        if not (root / row["path"]).is_file():
+            raise DataError(f"{path}, row {number}: no file {root / row['path']}")
+        seen[row["path"]] = number
+        yield row
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = set(columns) - set(reader.fieldnames or [])
+            if missing:
+                raise DataError(f"{path}, row 1: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
+            return [{column: (row[column] or "").strip() for column in columns} for row in reader]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,119 @@
+"""Who gets which image: class-balanced, seeded splits in which no image appears twice on both sides.
+
+The order of the draw is that of SHA-256-like digests of (seed, source name), so it is the same with every library and platform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dho.config import SplitsConfig
+from dho.data.records import Record
+from dho.errors import DataError
+
+SPLITS = ("labelled", "unlabelled", "val", "test", "captions")
+
+
+@dataclass
+class Draw:
+    """The result of a draw."""
+
+    split: dict[int, str] = field(default_factory=dict)
+    """Record number -> split; a record in no split is left out."""
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    """(record left out, record of another split that is the same image)."""
+    duplicates: Counter[str] = field(default_factory=Counter)
+    """Split -> images that appear there again."""
+
+
+def draw(records: list[Record], sha256: dict[int, str], classes: list[str], config: SplitsConfig, on_leak: str) -> Draw:
+    """Divide records into splits.
+
+    The splits are filled in the order test, val, labelled, captions, unlabelled; an image whose bytes an earlier split holds is a leak:
+    with `on_leak="drop"` the later copy (the training side) is left out and, where the split is drawn, another image takes its place.
+
+    Args:
+        records: all records of the source.
+        sha256: digest of the image bytes of every usable record; records that are missing here were rejected.
+        classes: class names, for messages.
+        config: sizes and seed.
+        on_leak: "error" or "drop".
+
+    Raises:
+        DataError: a class has too few images, or two splits share an image while `on_leak` is "error".
+    """
+    result = Draw()
+    holder: dict[str, int] = {}
+    usable = sorted(sha256, key=lambda number: _order(config.seed, records[number].source))
+    pools: dict[str, list[int]] = defaultdict(list)
+    for number in usable:
+        pools[records[number].pool].append(number)
+    for pool in ("test", "val", "captions"):
+        pools[pool].sort()
+    free = dict.fromkeys(pools["train"])
+
+    def take(split: str, candidates: Iterable[int], limit: int | None) -> int:
+        taken = 0
+        for number in candidates:
+            if limit is not None and taken == limit:
+                break
+            free.pop(number, None)
+            other = holder.setdefault(sha256[number], number)
+            if other != number and result.split[other] != split:
+                result.dropped.append((number, other))
+                if on_leak == "error":
+                    raise DataError(
+                        f"{records[number].source} ({split}) and {records[other].source} ({result.split[other]}) are the same image, "
+                        f"SHA-256 {sha256[number][:16]}...; remove one, or set data.on_leak: drop to drop the copy on the training side"
+                    )
+                continue
+            result.duplicates[split] += other != number
+            result.split[number] = split
+            taken += 1
+        return taken
+
+    def by_class() -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = {label: [] for label in range(len(classes))}
+        for number in free:
+            label = records[number].label
+            if label is not None:
+                groups[label].append(number)
+        return groups
+
+    def take_balanced(split: str, each: int, key: str) -> None:
+        for label, candidates in by_class().items():
+            if (taken := take(split, candidates, each)) < each:
+                raise DataError(f"class {classes[label]!r} has {taken} labelled images left for {split}; {key} asks for {each}")
+
+    for split, each in (("test", config.test_per_class), ("val", config.val_per_class)):
+        if pools[split]:
+            take(split, pools[split], None)
+        else:
+            take_balanced(split, each, f"data.splits.{split}_per_class")
+    if config.shots is not None:
+        take_balanced("labelled", config.shots, "data.splits.shots")
+    else:
+        share = config.labelled_fraction
+        for label, candidates in by_class().items():
+            if take("labelled", candidates, None if share is None else max(1, round(share * len(candidates)))) == 0:
+                raise DataError(
+                    f"class {classes[label]!r} has no labelled image left for training; give it more, or lower data.splits.val_per_class"
+                )
+    take("captions", pools["captions"], None)
+    if config.captions:
+        take_balanced("captions", config.captions // len(classes), "data.splits.captions (shared equally by the classes)")
+    if config.unlabelled is not None and all(records[number].label is not None for number in free):
+        for rest, (_, candidates) in enumerate(by_class().items()):
+            take("unlabelled", candidates, config.unlabelled // len(classes) + (rest < config.unlabelled % len(classes)))
+    else:
+        take("unlabelled", list(free), config.unlabelled)
+    if not any(split == "unlabelled" for split in result.split.values()):
+        raise DataError("no image is left for the unlabelled split; add unlabelled images, or lower data.splits.shots")
+    return result
+
+
+def _order(seed: int, source: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{source}".encode(), digest_size=16).digest()

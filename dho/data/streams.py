@@ -1,0 +1,163 @@
+"""The two streams of Algorithm 1: labelled batches that cycle, unlabelled batches that make the epochs.
+
+    streams = Streams(index, store, config, process)
+    for step, batch in streams.from_step(state.step):
+        batch["labelled"]       # {"pixels": uint8 [n, size, size, 3], "label": int64 [n], "embedding": float16 [n, dim]}
+        batch["unlabelled"]     # the same without "label"
+
+Everything is a function of (seed, step, rank): the position of the streams is the step number, so resuming needs nothing else.
+Every image of an epoch is used exactly once, on exactly one rank: an epoch is cut into equal steps (sizes differ by at most one
+image), and a step into equal shares. Nothing is padded and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dho.config import Config
+from dho.data.index import Index
+from dho.data.pixels import Pixels, loader
+from dho.distributed import Process, part
+from dho.errors import ConfigError
+from dho.teacher.store import TeacherStore
+
+Batch = dict[str, dict[str, Tensor]]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which images, in which view, make up every step; sizes are over all ranks.
+
+    Args:
+        labelled, unlabelled: rows of the index that each stream draws from.
+        batch_labelled, batch_unlabelled: images a step; the latter at most, as an epoch is cut into equal steps.
+        views: number of views V.
+        seed: of both orders.
+    """
+
+    labelled: Rows
+    unlabelled: Rows
+    batch_labelled: int
+    batch_unlabelled: int
+    views: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that one pass over the unlabelled stream takes."""
+        return -(-len(self.unlabelled) // self.batch_unlabelled)
+
+    def unlabelled_at(self, step: int) -> tuple[Rows, Rows]:
+        """Rows and views of the unlabelled batch of a step: int64 [n] each. Epoch e uses view e mod V."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        chosen = part(len(self.unlabelled), place, self.steps_per_epoch)
+        rows = self.unlabelled[_order(self.seed, 1, epoch, len(self.unlabelled))[chosen.start : chosen.stop]]
+        return rows, np.full(len(rows), epoch % self.views)
+
+    def labelled_at(self, step: int) -> tuple[Rows, Rows]:
+        """Rows and views of the labelled batch of a step: int64 [batch_labelled] each. Pass p of the cycle uses view p mod V."""
+        positions = np.arange(step * self.batch_labelled, (step + 1) * self.batch_labelled)
+        passes, places = np.divmod(positions, len(self.labelled))
+        rows = np.concatenate([self.labelled[_order(self.seed, 0, p, len(self.labelled))[places[passes == p]]] for p in np.unique(passes)])
+        return rows, passes % self.views
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, stream: int, number: int, count: int) -> Rows:
+    return np.random.default_rng([seed, stream, number]).permutation(count)
+
+
+def plan(index: Index, config: Config) -> StreamPlan:
+    """The streams of a training, from the index and the parameters."""
+    train = config.train
+    both = ("labelled", "unlabelled") if train.unlabelled_includes_labelled else ("unlabelled",)
+    return StreamPlan(
+        labelled=index.rows("labelled"),
+        unlabelled=index.rows(*both),
+        batch_labelled=train.batch_labelled,
+        batch_unlabelled=train.batch_unlabelled,
+        views=config.views.count,
+        seed=train.seed,
+    )
+
+
+class Streams:
+    """This rank's share of both streams, loaded by worker processes.
+
+    Args:
+        index, store: images and the teacher's embeddings of them.
+        config: batch sizes, views, the student's input.
+        process: rank and world size.
+        uses: the streams that the method needs; the others are not loaded.
+
+    Raises:
+        ConfigError: a batch is too small to give every rank and micro-batch an image.
+    """
+
+    def __init__(
+        self, index: Index, store: TeacherStore, config: Config, process: Process, uses: tuple[str, ...] = ("labelled", "unlabelled")
+    ) -> None:
+        self.plan = plan(index, config)
+        self.process = process
+        self.workers = config.launch.workers
+        self.epochs = config.train.epochs
+        self._make = functools.partial(
+            _load,
+            self.plan,
+            Pixels(index, config.views, config.student.input_size, config.student.interpolation),
+            store,
+            index.labels,
+            uses,
+            process.rank,
+            process.world_size,
+        )
+        smallest = {"labelled": self.plan.batch_labelled, "unlabelled": len(self.plan.unlabelled) // self.plan.steps_per_epoch}
+        for name in uses:
+            shares = process.world_size * config.train.accumulate
+            if smallest[name] < shares:
+                raise ConfigError(
+                    f"train.batch_{name} gives steps of {smallest[name]} images; expected at least {shares} ({process.world_size} ranks x "
+                    f"train.accumulate {config.train.accumulate}), so that each has an image"
+                )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self.plan.steps_per_epoch * self.epochs
+
+    def from_step(self, step: int) -> Iterator[tuple[int, Batch]]:
+        """(step, this rank's batch) from step number `step` to the last."""
+        batches = loader(self._make, step, self.steps, self.workers, pin_memory=self.process.device.type == "cuda")
+        return zip(range(step, self.steps), batches, strict=True)
+
+    def sizes(self, step: int) -> dict[str, int]:
+        """Images of each stream in a step, over all ranks."""
+        place = step % self.plan.steps_per_epoch
+        return {
+            "labelled": self.plan.batch_labelled,
+            "unlabelled": len(part(len(self.plan.unlabelled), place, self.plan.steps_per_epoch)),
+        }
+
+
+def _load(
+    plan: StreamPlan, pixels: Pixels, store: TeacherStore, labels: Rows, uses: tuple[str, ...], rank: int, world_size: int, step: int
+) -> Batch:
+    batch: Batch = {}
+    for name in uses:
+        rows, views = plan.labelled_at(step) if name == "labelled" else plan.unlabelled_at(step)
+        mine = part(len(rows), rank, world_size)
+        rows, views = rows[mine.start : mine.stop], views[mine.start : mine.stop]
+        entries: dict[str, Any] = {"pixels": pixels.batch(rows, views), "embedding": torch.from_numpy(store.embeddings(rows, views))}
+        if name == "labelled":
+            entries["label"] = torch.from_numpy(labels[rows])
+        batch[name] = entries
+    return batch

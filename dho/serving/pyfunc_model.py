@@ -1,0 +1,136 @@
+"""The registered student, as MLflow runs it: image bytes -> label and probability. No torch and nothing of `dho` is imported here.
+
+    model = mlflow.pyfunc.load_model("models:/dho-student@candidate")
+    model.predict(pd.DataFrame({"image": [Path("cat.jpg").read_bytes()]}), params={"top_k": 3})
+
+MLflow keeps this file as code, not as a pickled object, beside `code/dho_runtime.py`, `artifacts/student.onnx` and
+`artifacts/card.json`; it is run by path (`dho/registry.py` logs it), never imported as `dho.serving.pyfunc_model`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+# Two versions loaded into one process (candidate beside champion) must not share the first one's pixels: MLflow puts each package's
+# code folder in front of sys.path, but Python would not look there again for a name that it already knows.
+sys.modules.pop("dho_runtime", None)
+import dho_runtime  # noqa: E402
+
+COLUMNS = ("label", "probability", "top_labels", "top_probabilities", "error")
+ON_ERROR = ("raise", "null")
+
+
+class StudentModel(PythonModel):
+    """Decode, crop the centre, resize, normalise, run both heads, mix them (Eq. 8)."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the card and open the network on the CPU."""
+        self.card: dict[str, Any] = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
+        self.session = onnxruntime.InferenceSession(context.artifacts["student"], providers=["CPUExecutionProvider"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+        """Classify encoded images.
+
+        Args:
+            context: MLflow's; unused, `load_context` has read it.
+            model_input: column `image`: bytes of one encoded image a row (base64 text is taken too).
+            params: `alpha` in 0-1, `beta` > 0 (default: the tuned values), `top_k` (more than there are classes means all),
+                `batch_size` (images decoded and run at a time), `on_error` ("raise" or "null").
+
+        Returns:
+            One row an image, with `model_input`'s index: label (str), probability (float64), top_labels (list of str) and
+            top_probabilities (list of float), most probable first, and error (str, None where the image was answered). A refused
+            image has None everywhere else; `probability` is then of dtype object, since NaN is not JSON.
+
+        Raises:
+            MlflowException: a parameter is not allowed, alpha gives weight to a head that this student does not have, or an image
+                cannot be used and on_error is "raise" (the message names the row, counted from 0). A server answers status 400.
+        """
+        settings = self._settings(params or {})
+        images = list(model_input["image"])
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(images), settings["batch_size"]):
+            rows += self._answer(images[start : start + settings["batch_size"]], start, settings)
+        table = pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=object) for name in COLUMNS})
+        if not table["probability"].isna().any():
+            table["probability"] = table["probability"].astype("float64")
+        return table.set_index(model_input.index)
+
+    def _settings(self, params: dict[str, Any]) -> dict[str, Any]:
+        settings = {"alpha": self.card["alpha"], "beta": self.card["beta"], "top_k": 5, "batch_size": 64, "on_error": "raise", **params}
+        checks = (
+            ("alpha", 0 <= settings["alpha"] <= 1, "a number from 0 to 1"),
+            ("beta", 0 < settings["beta"] < float("inf"), "a number > 0"),
+            ("top_k", settings["top_k"] >= 1, "a whole number >= 1"),
+            ("batch_size", settings["batch_size"] >= 1, "a whole number >= 1"),
+            ("on_error", settings["on_error"] in ON_ERROR, "one of " + ", ".join(ON_ERROR)),
+        )
+        for name, allowed, expected in checks:
+            if not allowed:
+                raise MlflowException.invalid_parameter_value(f"{name} is {settings[name]!r}; expected {expected}")
+        return settings
+
+    def _answer(self, images: list[Any], start: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows for one batch, of which the first image is row `start`."""
+        rows: list[dict[str, Any]] = [dict.fromkeys(COLUMNS) for _ in images]
+        good: list[int] = []
+        pixels: list[npt.NDArray[np.uint8]] = []
+        for i, value in enumerate(images):
+            try:
+                pixels.append(self._pixels(value))
+                good.append(i)
+            except dho_runtime.ImageRejected as error:
+                if settings["on_error"] == "raise":
+                    raise MlflowException.invalid_parameter_value(
+                        f"row {start + i}: {error}; with params on_error='null' the other rows are answered"
+                    ) from error
+                rows[i]["error"] = str(error)
+        if not good:
+            return rows
+        probabilities = self._probabilities(np.stack(pixels), settings["alpha"], settings["beta"])
+        names = self.card["class_names"]
+        for i, row in zip(good, probabilities, strict=True):
+            top = np.argsort(-row, kind="stable")[: settings["top_k"]]
+            labels, values = [names[k] for k in top], [float(row[k]) for k in top]
+            rows[i] |= {"label": labels[0], "probability": values[0], "top_labels": labels, "top_probabilities": values}
+        return rows
+
+    def _pixels(self, value: Any) -> npt.NDArray[np.uint8]:
+        """One cell of the column `image` -> uint8 [size, size, 3]; raises `ImageRejected`."""
+        if isinstance(value, str):
+            try:
+                value = base64.b64decode("".join(value.split()), validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise dho_runtime.ImageRejected("text that is not base64") from error
+        if not isinstance(value, bytes | bytearray | memoryview):
+            kind = "nothing" if value is None or value is pd.NA or isinstance(value, float) else type(value).__name__
+            raise dho_runtime.ImageRejected(f"{kind} where the bytes of an image were expected")
+        image = dho_runtime.decode(bytes(value), self.card["max_pixels"])
+        box = dho_runtime.centre_box(*image.size)
+        return dho_runtime.render(image, box, self.card["input_size"], self.card["interpolation"])  # type: ignore[no-any-return]
+
+    def _probabilities(self, pixels: npt.NDArray[np.uint8], alpha: float, beta: float) -> npt.NDArray[np.float64]:
+        """uint8 [n, size, size, 3] -> float64 [n, classes]."""
+        heads = self.card["heads"]
+        images = dho_runtime.normalise(pixels, self.card["mean"], self.card["std"])
+        logits = dict(zip(heads, self.session.run(heads, {"images": images}), strict=True))
+        try:
+            return dho_runtime.mix(logits.get("ce"), logits.get("kd"), alpha, beta)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+
+set_model(StudentModel())

@@ -1,0 +1,156 @@
+"""Stage `pretrain`: a small open_clip teacher from images and captions, so that the whole workflow runs with no weights from outside.
+
+    dho pretrain
+
+open_clip's own model classes, tokenizer and loss, trained on the captions split. Where the data set brings no captions, each is made from a
+template and a class name; some classes are often called by another's name (`pretrain.confusions`). The result is a folder in open_clip's
+format, loaded like any other checkpoint (`teacher.model: local-dir:data/pretrained`). It is a stand-in for a real CLIP, not a product.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from dho.config import Config, PretrainConfig
+from dho.data.index import Index
+from dho.data.pixels import Pixels, loader
+from dho.errors import ConfigError, DataError
+from dho.files import write_atomically, write_tensors
+from dho.progress import bar
+
+WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
+
+
+def pretrain(config: Config, prepared: Path, out: Path) -> None:
+    """Train the stand-in teacher and write it to `out`; with `pretrain.enabled: false` only say so there.
+
+    Raises:
+        DataError: there are no captions, or no such class as `pretrain.confusions` names.
+        ConfigError: the architecture file is not an open_clip config.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, ARCHITECTURE):
+        (out / name).unlink(missing_ok=True)
+    if not config.pretrain.enabled:
+        write_atomically(
+            out / "README", f"pretrain.enabled is false: the teacher is {config.teacher.model} {config.teacher.pretrained or ''}\n"
+        )
+        print("pretrain: switched off, nothing to do")
+        return
+    index = Index.load(prepared)
+    rows, captions = captioned(index, config.pretrain)
+    architecture = _architecture(config.pretrain.architecture)
+    torch.manual_seed(config.pretrain.seed)
+    model: Any = open_clip.CLIP(**architecture["model_cfg"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=architecture["model_cfg"]["text_cfg"]["context_length"])
+    _fit(model, config, index, rows, tokenizer(captions), architecture["preprocess_cfg"])
+    write_tensors(out / WEIGHTS, model.state_dict())
+    write_atomically(out / ARCHITECTURE, json.dumps(architecture, indent=2) + "\n")
+    print(f"pretrain: {len(rows)} captioned images, {config.pretrain.epochs} epochs, logit scale {model.logit_scale.exp().item():.1f}")
+
+
+def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """Rows of the captions split and a caption for each: the data set's own, or one made from a template and a class name.
+
+    The choice of template and of a wrong name is a function of (seed, sha256), the same everywhere.
+
+    Raises:
+        DataError: the split is empty, an image has neither caption nor label, or `confusions` names an unknown class.
+    """
+    names = index.class_names
+    for name in [*config.confusions, *(other for others in config.confusions.values() for other in others)]:
+        if name not in names:
+            raise DataError(f"pretrain.confusions names {name!r}, which is no class; classes are {', '.join(names)}")
+    rows = index.rows("captions")
+    if not len(rows):
+        raise DataError(
+            "no images with captions: set data.splits.captions (or data.captions, a CSV of path,caption), or pretrain.enabled: false"
+        )
+    captions = []
+    for row in rows:
+        caption, label = index.captions[row], int(index.labels[row])
+        if caption is None:
+            if label < 0:
+                raise DataError(f"image {index.keys[row]} of the captions split has neither a caption nor a label")
+            digest = hashlib.blake2b(index.sha256(row), digest_size=16, key=config.seed.to_bytes(8, "little")).digest()
+            which, chance = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little") / 2**64
+            name = names[label]
+            for other, rate in config.confusions.get(names[label], {}).items():
+                if 0 <= chance < rate:
+                    name = other
+                chance -= rate
+            caption = config.caption_templates[which % len(config.caption_templates)].format(name)
+        captions.append(caption)
+    return rows, captions
+
+
+def _architecture(path: str) -> dict[str, Any]:
+    try:
+        architecture: dict[str, Any] = json.loads(Path(path).read_text())
+        architecture["model_cfg"]["text_cfg"]["context_length"], architecture["preprocess_cfg"]["mean"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"pretrain.architecture {path!r} is not an open_clip config with model_cfg and preprocess_cfg: {error!r}"
+        ) from error
+    return architecture
+
+
+def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], tokens: Tensor, preprocess: dict[str, Any]) -> None:
+    settings = config.pretrain
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, memory_format=torch.channels_last).train()
+    size = int(model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size)
+    mean, std = (torch.tensor(preprocess[key], device=device).mul_(255) for key in ("mean", "std"))
+    per_epoch = max(1, len(rows) // settings.batch_size)
+    steps = per_epoch * settings.epochs
+    make = functools.partial(
+        _batch, Pixels(index, config.views, size, preprocess["interpolation"]), rows, tokens, settings.seed, settings.batch_size, per_epoch
+    )
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}])
+    contrast = open_clip.ClipLoss()
+    with bar() as shown:
+        task = shown.add_task("pretrain", total=steps, note="")
+        for step, (pixels, text) in enumerate(loader(make, 0, steps, workers=config.launch.workers)):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(step, steps, warmup=max(1, steps // 10))
+            images = ((pixels.to(device).float() - mean) / std).permute(0, 3, 1, 2)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                features, text_features, scale = model(images, text.to(device))
+            loss = contrast(features.float(), text_features.float(), scale)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))  # as CLIP does: a larger scale is not stable
+            shown.advance(task)
+            if step % 20 == 0:
+                shown.update(task, note=f"loss {loss.item():.3f}")
+    model.cpu().eval()
+
+
+def _batch(
+    pixels: Pixels, rows: np.ndarray[Any, Any], tokens: Tensor, seed: int, size: int, per_epoch: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Batch number `step`: the steps of an epoch share a seeded order, and epoch e sees view e of every image."""
+    epoch, place = divmod(step, per_epoch)
+    chosen = np.random.default_rng([seed, epoch]).permutation(len(rows))[place * size : (place + 1) * size]
+    return pixels.batch(rows[chosen], view=epoch), tokens[chosen]
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,408 @@
+"""Stage `register`: a package that answers like the student, without torch, and is registered once."""
+
+import base64
+import dataclasses
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
+from PIL import Image
+
+from dho import export
+from dho.config import Config, StudentConfig, from_dict, to_dict
+from dho.errors import DataError, DhoError, TrackingError
+from dho.export import export_onnx
+from dho.serving import dho_runtime
+from dho.student import Student, StudentCard, save_student
+
+STUDENT = StudentConfig(model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, input_size=32)
+CLASSES = [f"class {i}" for i in range(7)]
+ALPHA, BETA = 0.4, 0.3
+FILES = [
+    "MLmodel",
+    "artifacts/card.json",
+    "artifacts/student.onnx",
+    "code/dho_runtime.py",
+    "conda.yaml",
+    "input_example.json",
+    "pyfunc_model.py",
+    "python_env.yaml",
+    "requirements.txt",
+    "serving_input_example.json",
+]
+
+
+@dataclasses.dataclass
+class House:
+    """One MLflow server (SQLite) with one registered student."""
+
+    folder: Path
+    config: Config
+    client: MlflowClient
+    student: Student
+    result: dict
+    images: list[bytes]
+    model: mlflow.pyfunc.PyFuncModel
+
+    def predict(self, images: list, **params: object) -> pd.DataFrame:
+        return self.model.predict(pd.DataFrame({"image": images}), params=params)
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return importlib.import_module("dho.registry")
+
+
+@pytest.fixture(scope="module")
+def house(registry, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("register")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        config = from_dict({"tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"}})
+        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        client = registry.connect(config.tracking)
+        client.create_experiment("served", (folder / "artifacts").as_uri())
+        student = _student(folder / "student", _run(client), ("ce", "kd"))
+        _metrics(folder / "metrics.json", ALPHA, BETA)
+        images = _images()
+        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", images[0])
+        model = mlflow.pyfunc.load_model(f"models:/{config.registry.name}@candidate")
+        yield House(folder, config, client, student, result, images, model)
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+def _run(client: MlflowClient) -> str:
+    experiment = client.get_experiment_by_name("served")
+    run = client.create_run(experiment.experiment_id, run_name="a training that ended")
+    client.log_metric(run.info.run_id, "test/combined/top1", 0.75, step=90)
+    client.set_terminated(run.info.run_id, "FAILED", end_time=1_700_000_000_000)
+    return run.info.run_id
+
+
+def _student(folder: Path, run_id: str, heads: tuple[str, ...], seed: int = 0) -> Student:
+    torch.manual_seed(seed)
+    student = Student(STUDENT, len(CLASSES), heads).eval()
+    for head in (student.ce_head, student.kd_head):
+        if head is not None:
+            # Heads of a fresh network answer the same to every image; these have opinions.
+            torch.nn.init.normal_(head.weight, std=3.0)
+    method = "dho" if len(heads) == 2 else heads[0]
+    fingerprints = {"data": "d" * 64, "parameters": "p" * 64}
+    save_student(folder, student, StudentCard(to_dict(STUDENT), list(heads), CLASSES, method, run_id, 100, fingerprints))
+    return student
+
+
+def _metrics(path: Path, alpha: float | None, beta: float | None) -> None:
+    test = {"combined": {"top1": 0.75, "ece": 0.1}, "ce_head": {"top1": 0.5}, "teacher": {}, "images": 100, "note": "text"}
+    path.write_text(json.dumps({"alpha": alpha, "beta": beta, "val": {}, "test": test}))
+
+
+def _images() -> list[bytes]:
+    """Encoded images of many formats, modes and sizes; photographs are smooth, and so are these."""
+    generator = np.random.default_rng(0)
+
+    def picture(width: int, height: int, bands: int) -> np.ndarray:
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 4), np.uint8), "RGBA").resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(coarse)[..., :bands]
+
+    def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    dark = picture(40, 40, 3).copy()
+    dark[:20] = 0  # the first rows come last in a BMP file, which then ends in zero bytes
+    grey16 = (picture(50, 30, 1)[..., 0].astype(np.uint16) << 8) + 77
+    return [
+        encode(Image.fromarray(picture(64, 48, 3)), "JPEG"),
+        encode(Image.fromarray(picture(20, 90, 3)), "JPEG", exif=rotated),
+        encode(Image.fromarray(picture(80, 60, 4), "CMYK"), "JPEG"),
+        encode(Image.fromarray(picture(33, 32, 4)), "PNG"),
+        encode(Image.fromarray(picture(28, 28, 1)[..., 0]), "PNG"),
+        encode(Image.fromarray(picture(100, 45, 3)).quantize(16), "GIF"),
+        encode(Image.fromarray(grey16), "PNG"),
+        encode(Image.fromarray(picture(200, 150, 3)), "WEBP"),
+        encode(Image.fromarray(picture(47, 53, 3)).convert("1"), "TIFF"),
+        encode(Image.fromarray(dark), "BMP"),
+        encode(Image.fromarray(picture(1, 7, 3)), "PNG"),
+    ]
+
+
+def _pixels(images: list[bytes]) -> torch.Tensor:
+    views = [dho_runtime.decode(data) for data in images]
+    pixels = np.stack([dho_runtime.render(view, dho_runtime.centre_box(*view.size), 32, "bilinear") for view in views])
+    return torch.from_numpy(dho_runtime.normalise(pixels, STUDENT.mean, STUDENT.std))
+
+
+def _versions(house: House, name: str) -> list:
+    return house.client.search_model_versions(f"name = '{name}'")
+
+
+def test_the_package_answers_like_torch_on_images_of_every_kind(house):
+    assert house.images[9].endswith(b"\0")
+    expected = house.student.predict(_pixels(house.images), ALPHA, BETA)
+    answers = house.predict(house.images, top_k=3)
+    assert len(set(answers["label"])) > 1
+    assert list(answers["label"]) == [CLASSES[i] for i in expected.argmax(-1)]
+    np.testing.assert_allclose(answers["probability"], expected.max(-1).values, atol=1e-5)
+    top = expected.topk(3)
+    assert list(answers["top_labels"]) == [[CLASSES[i] for i in row] for row in top.indices]
+    np.testing.assert_allclose(np.stack(answers["top_probabilities"]), top.values, atol=1e-5)
+    assert answers["error"].isna().all()
+
+
+def test_answers_do_not_depend_on_the_batch_size_and_keep_the_index(house):
+    index = [f"photo {i}" for i in range(len(house.images))]
+    table = pd.DataFrame({"image": house.images}, index=index)
+    one, all_ = (house.model.predict(table, params={"batch_size": n}) for n in (1, 64))
+    assert list(one.index) == index
+    assert list(one["label"]) == list(all_["label"])
+    np.testing.assert_allclose(one["probability"], all_["probability"], atol=1e-6)
+    assert list(house.model.predict(table[:0]).columns) == list(one.columns)
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_alpha_0_and_1_give_the_single_heads(house, alpha):
+    with torch.inference_mode():
+        logits = house.student(_pixels(house.images))
+    expected = logits["ce"].softmax(-1) if alpha else (logits["kd"] / 0.7).softmax(-1)
+    answers = house.predict(house.images, alpha=float(alpha), beta=0.7)
+    assert list(answers["label"]) == [CLASSES[i] for i in expected.argmax(-1)]
+    np.testing.assert_allclose(answers["probability"], expected.max(-1).values, atol=1e-5)
+
+
+def test_candidate_predicts_where_torch_and_dho_cannot_be_imported(house, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(house.images[0])
+    script = f"""
+        import sys
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("torch", "torchvision", "timm", "onnx", "dho"):
+                    raise ImportError(f"{{name}} is not on this machine")
+        sys.meta_path.insert(0, Block())
+        import mlflow, pandas, pathlib
+        mlflow.set_tracking_uri({house.config.tracking.uri!r})
+        model = mlflow.pyfunc.load_model("models:/{house.config.registry.name}@candidate")
+        answer = model.predict(pandas.DataFrame({{"image": [pathlib.Path({str(image)!r}).read_bytes()]}}))
+        print(answer.to_json(orient="records"))
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout.splitlines()[-1])
+    here = house.predict(house.images[:1])
+    assert answer["label"] == here["label"][0]
+    assert answer["probability"] == pytest.approx(here["probability"][0], abs=1e-6)
+
+
+BAD = {
+    "not an image": b"hello",
+    "truncated": _images()[0][:300],
+    "empty": b"",
+    "nothing": None,
+    "text": "no base 64!",
+    "number": 7,
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_a_bad_image_stops_the_call_and_names_its_row(house, bad):
+    with pytest.raises(MlflowException, match=r"^row 2: ") as caught:
+        house.predict([*house.images[:2], bad, house.images[3]], batch_size=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_with_on_error_null_bad_images_get_a_reason_and_the_others_an_answer(house):
+    mixed = pd.DataFrame({"image": [BAD["empty"], house.images[0], *BAD.values(), house.images[1]]}, dtype=object)
+    answers = house.model.predict(mixed, params={"on_error": "null", "batch_size": 3})
+    good = house.predict(house.images[:2])
+    assert [answers["label"][i] for i in (1, 8)] == list(good["label"])
+    assert [answers["error"][i] for i in (1, 8)] == [None, None]
+    bad = answers.drop(index=[1, 8])
+    assert bad["error"].str.len().gt(4).all()
+    assert all(value is None for name in ("label", "probability", "top_labels", "top_probabilities") for value in bad[name])
+
+
+def test_a_server_takes_base64_and_answers_in_strict_json(house):
+    rows = [[base64.b64encode(data).decode()] for data in (house.images[9], b"no image", house.images[0])]
+    request = {"dataframe_split": {"columns": ["image"], "data": rows}, "params": {"on_error": "null", "alpha": 1, "top_k": 2}}
+    answer = scoring_server.invocations(json.dumps(request), "application/json", house.model, house.model.metadata.get_input_schema())
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    predictions = json.loads(answer.response, parse_constant=refuse)["predictions"]
+    here = house.predict([house.images[9], house.images[0]], alpha=1.0)
+    assert [row["label"] for row in predictions] == [here["label"][0], None, here["label"][1]]
+    assert predictions[1]["error"] and len(predictions[0]["top_labels"]) == 2
+
+
+def test_base64_text_in_the_column_is_taken_too(house):
+    text = base64.encodebytes(house.images[3]).decode()
+    assert house.predict([text])["probability"][0] == house.predict([house.images[3]])["probability"][0]
+
+
+@pytest.mark.parametrize(
+    "params", [{"alpha": 1.5}, {"alpha": float("nan")}, {"beta": 0.0}, {"top_k": 0}, {"batch_size": 0}, {"on_error": "ignore"}], ids=str
+)
+def test_a_parameter_that_is_not_allowed_is_named(house, params):
+    with pytest.raises(MlflowException, match=f"{next(iter(params))} is .*; expected "):
+        house.predict(house.images[:1], **params)
+
+
+def test_the_package_holds_no_pickle_and_pins_what_it_needs(house):
+    folder = Path(mlflow.artifacts.download_artifacts(house.result["uri"]))
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    # The registry adds its own note when a version is downloaded.
+    assert [name for name in files if name != "registered_model_meta"] == FILES
+    assert not any(path.read_bytes()[:1] == b"\x80" for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    assert sorted(line.split("==")[0] for line in lines) == ["mlflow-skinny", "numpy", "onnxruntime", "pandas", "pillow"]
+    card = json.loads((folder / "artifacts/card.json").read_text())
+    assert (card["class_names"], card["heads"], card["alpha"], card["beta"]) == (CLASSES, ["ce", "kd"], ALPHA, BETA)
+    assert card["run_id"] == house.result["run_id"] and card["fingerprints"]["data"] == "d" * 64
+
+
+def test_the_version_says_where_it_comes_from_and_leaves_the_run_as_it_was(house):
+    result = json.loads((house.folder / "out.json").read_text())
+    assert result == house.result
+    version = house.client.get_model_version_by_alias(result["name"], "candidate")
+    assert (int(version.version), version.status, version.run_id) == (1, "READY", result["run_id"])
+    expected = {"method": "dho", "alpha": "0.4", "beta": "0.3", "test/combined/top1": "0.7500", "test/ce_head/top1": "0.5000"}
+    assert expected.items() <= version.tags.items()
+    assert version.tags["fingerprint.data"] == "d" * 64 and version.tags["onnx.sha256"] == result["sha256"]
+    run = house.client.get_run(result["run_id"])
+    assert (run.info.status, run.info.end_time) == ("FAILED", 1_700_000_000_000)
+    assert len(house.client.get_metric_history(result["run_id"], "test/combined/top1")) == 1
+    logged = {metric.key: metric.value for metric in house.client.get_logged_model(result["model_id"]).metrics}
+    assert logged == {"test/combined/top1": 0.75, "test/combined/ece": 0.1, "test/ce_head/top1": 0.5, "test/images": 100}
+    signature = house.model.metadata.signature
+    assert [(p.name, p.default) for p in signature.params] == [
+        ("alpha", 0.4),
+        ("beta", 0.3),
+        ("top_k", 5),
+        ("batch_size", 64),
+        ("on_error", "raise"),
+    ]
+    assert house.model.input_example["image"][0] == house.images[0]
+
+
+def test_the_same_package_is_registered_once_and_other_weights_or_alpha_make_a_version(house, registry, tmp_path):
+    config = from_dict({**to_dict(house.config), "registry": {"name": "twice"}})
+    arguments = (config, house.folder / "student", tmp_path / "metrics.json", tmp_path / "out.json")
+    _metrics(tmp_path / "metrics.json", ALPHA, BETA)
+    first = registry.register(*arguments)
+    _metrics(tmp_path / "metrics.json", 0.9, BETA)
+    other = registry.register(*arguments)
+    _metrics(tmp_path / "metrics.json", ALPHA, BETA)
+    again = registry.register(*arguments)
+    assert first == again and (first["version"], other["version"]) == (1, 2)
+    assert first["sha256"] == other["sha256"] == house.result["sha256"]
+    assert len(_versions(house, "twice")) == 2
+    assert int(house.client.get_model_version_by_alias("twice", "candidate").version) == 1
+
+
+@pytest.mark.parametrize(("head", "alpha"), [("ce", 1.0), ("kd", 0.0)])
+def test_a_student_with_one_head_is_served(house, registry, tmp_path, head, alpha):
+    config = from_dict({**to_dict(house.config), "registry": {"name": f"only-{head}"}})
+    student = _student(tmp_path / "student", house.result["run_id"], (head,), seed=1)
+    _metrics(tmp_path / "metrics.json", None if head == "ce" else alpha, None if head == "ce" else BETA)
+    result = registry.register(config, tmp_path / "student", tmp_path / "metrics.json", tmp_path / "out.json")
+    model = mlflow.pyfunc.load_model(result["uri"])
+    expected = student.predict(_pixels(house.images), alpha, BETA)
+    answers = model.predict(pd.DataFrame({"image": house.images}))
+    assert list(answers["label"]) == [CLASSES[i] for i in expected.argmax(-1)]
+    np.testing.assert_allclose(answers["probability"], expected.max(-1).values, atol=1e-5)
+    with pytest.raises(MlflowException, match=r"alpha 0\.5 gives weight to a head"):
+        model.predict(pd.DataFrame({"image": house.images[:1]}), params={"alpha": 0.5})
+
+
+def test_two_packages_in_one_process_keep_their_own_pixels(house, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(mlflow.artifacts.download_artifacts(house.result["uri"]), folder)
+    with (folder / "code/dho_runtime.py").open("a") as file:
+        file.write("\ndef centre_box(width, height):\n    return (0, 0, 1, 1)\n")
+    before = house.predict(house.images)["probability"]
+    other = mlflow.pyfunc.load_model(str(folder)).predict(pd.DataFrame({"image": house.images}))["probability"]
+    assert (np.abs(other - before) > 1e-3).any()
+    assert (house.predict(house.images)["probability"] == before).all()
+
+
+def test_the_alias_stays_where_the_package_does_not_answer_like_the_student(house, registry, tmp_path, monkeypatch):
+    config = from_dict({**to_dict(house.config), "registry": {"name": "wrong"}})
+    _metrics(tmp_path / "metrics.json", 0.8, BETA)
+    monkeypatch.setattr(registry, "_expected", lambda *_: np.array([0.99, 0.01]))
+    with pytest.raises(DhoError, match="not registered"):
+        registry.register(config, house.folder / "student", tmp_path / "metrics.json", tmp_path / "out.json")
+    assert _versions(house, "wrong") == [] and not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "no metrics here"),
+        ("{", "no metrics here"),
+        ("[]", "no metrics here"),
+        ('{"beta": 0.3}', "alpha is None"),
+        ('{"alpha": 2, "beta": 0.3}', "alpha is 2"),
+        ('{"alpha": 0.5, "beta": 0}', "beta is 0"),
+    ],
+)
+def test_metrics_that_cannot_be_used_are_one_line(house, registry, tmp_path, text, reason):
+    if text is not None:
+        (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(DataError, match=reason) as caught:
+        registry.register(house.config, house.folder / "student", tmp_path / "metrics.json", tmp_path / "out.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_run_a_refused_name_and_a_bad_example_are_one_line(house, registry, tmp_path):
+    good, metrics, out = house.folder / "student", house.folder / "metrics.json", tmp_path / "out.json"
+    _student(tmp_path / "stray", "0" * 32, ("ce", "kd"))
+    with pytest.raises(TrackingError, match="is not on this MLflow server"):
+        registry.register(house.config, tmp_path / "stray", metrics, out)
+    with pytest.raises(DataError, match="the input example is not usable"):
+        registry.register(house.config, good, metrics, out, b"no image")
+    config = from_dict({**to_dict(house.config), "registry": {"name": "a/b:c"}})
+    with pytest.raises(TrackingError, match="cannot make one") as caught:
+        registry.register(config, good, metrics, out)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_an_export_gives_the_same_bytes_each_time_and_leaves_the_student_alone(house, tmp_path):
+    student = house.student.train()
+    try:
+        export_onnx(student, tmp_path / "a.onnx")
+        assert student.training
+    finally:
+        student.eval()
+    export_onnx(student, tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_an_export_that_answers_differently_leaves_no_file(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(DhoError, match="ONNX Runtime's logits differ from torch's by"):
+        export_onnx(house.student, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
