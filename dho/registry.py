@@ -38,7 +38,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 from PIL import Image
 
-from dho.config import Config, digest, flatten
+from dho.config import Config, digest
 from dho.errors import DataError, DhoError, TrackingError
 from dho.export import export_onnx
 from dho.files import sha256_file, write_atomically
@@ -86,7 +86,7 @@ def register(config: Config, student_folder: Path, metrics_file: Path, out: Path
         content = _content(config, card, alpha, beta) | {"onnx_sha256": sha256}
         package_sha256 = _package_digest(content)
         write_atomically(package / "card.json", json.dumps(content | _origin(card), indent=2, ensure_ascii=False) + "\n")
-        with one_line(uri, f"has no registered model {name!r} and cannot make one"):
+        with one_line(uri, f"cannot look up or make registered model {name!r}"):
             version = _find(client, name, package_sha256)
         if version is None:
             tags = {"package.sha256": package_sha256, "onnx.sha256": sha256} | _tags(card, alpha, beta, test)
@@ -154,9 +154,12 @@ def _read_metrics(path: Path, card: StudentCard) -> tuple[float, float, dict[str
     for key, value, low, high in (("alpha", alpha, 0.0, 1.0), ("beta", beta, sys.float_info.min, sys.float_info.max)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise DataError(f"{path}: {key} is {value!r}; expected {'0 to 1' if key == 'alpha' else 'a number > 0'}, from evaluate")
+    # What is nested deeper (a number a class) goes by names that MLflow may refuse.
     numbers = {
-        "test/" + key.replace(".", "/"): float(value)
-        for key, value in flatten(test).items()
+        f"test/{source}/{metric}": float(value)
+        for source, values in test.items()
+        if isinstance(values, dict)
+        for metric, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
     return float(alpha), float(beta), numbers

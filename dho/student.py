@@ -39,6 +39,9 @@ class Student(nn.Module):
         ConfigError: timm knows no such model, or refuses its arguments.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, config: StudentConfig, classes: int, heads: tuple[str, ...] = HEADS) -> None:
         super().__init__()
         try:
@@ -52,6 +55,10 @@ class Student(nn.Module):
         self.heads = heads
         self.ce_head = nn.Linear(width, classes) if "ce" in heads else None
         self.kd_head = nn.Linear(width, classes) if "kd" in heads else None
+        # (value / 255 - mean) / std = value / scale - shift
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        self.register_buffer("scale", 255 * std, persistent=False)
+        self.register_buffer("shift", mean / std, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images [n, 3, size, size] -> {"z": [n, d], "ce": [n, classes], "kd": [n, classes]}, the heads it has."""
@@ -65,9 +72,7 @@ class Student(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [n, size, size, 3] on any device -> float32 [n, 3, size, size], channels-last in memory."""
-        scale = torch.tensor(self.config.std, device=pixels.device).mul_(255)
-        shift = torch.tensor(self.config.mean, device=pixels.device).div_(torch.tensor(self.config.std, device=pixels.device))
-        return (pixels.to(torch.float32) / scale - shift).permute(0, 3, 1, 2)
+        return (pixels.to(torch.float32) / self.scale - self.shift).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def predict(self, images: Tensor, alpha: float, beta: float) -> Tensor:

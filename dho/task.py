@@ -45,7 +45,7 @@ class DistillationTask(nn.Module, abc.ABC):
         self.student = student
         self.register_buffer("text_weights", text_weights, persistent=False)
         self.logit_scale = logit_scale
-        self.eta, self.lambda_ce = config.eta, config.lambda_ce
+        self.eta, self.lambda_ce, self.channels_last = config.eta, config.lambda_ce, config.channels_last
         # What forward calls: the student, or the student compiled and wrapped. In a list, so that its weights are not listed twice.
         self._callable: list[nn.Module] = [student]
 
@@ -77,8 +77,9 @@ class DistillationTask(nn.Module, abc.ABC):
         """
         pixels = torch.cat([batch[name]["pixels"] for name in self.streams])
         sizes = [len(batch[name]["pixels"]) for name in self.streams]
+        images = self.student.normalise(pixels)
         # One forward pass over both batches, so that BatchNorm sees them together.
-        outputs = self.trainable(self.student.normalise(pixels))
+        outputs = self.trainable(images if self.channels_last else images.contiguous())
         split = {head: dict(zip(self.streams, outputs[head].float().split(sizes), strict=True)) for head in self.heads}
         return self.losses(split, batch, counts)
 

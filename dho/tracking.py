@@ -132,7 +132,7 @@ class Tracker:
         self._refused: set[str] = set()
         self._every, self._collectors = system_metrics_every, _system_collectors()
         self._process, self._status, self._deadline = os.getpid(), "", math.inf
-        self._stop, self._ended = threading.Event(), False
+        self._stop, self._ended, self._failure = threading.Event(), False, "no answer yet"
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -255,7 +255,7 @@ class Tracker:
             self._file.close()
         if not self._ended:
             lines = self._spool.read_bytes()[self._sent :].count(b"\n")
-            unsent = f"{lines} lines of metrics and status {status} of run {self.run_id} are unsent"
+            unsent = f"{lines} lines of metrics and status {status} of run {self.run_id} are unsent ({self._failure})"
             log.warning("MLflow at %s: %s; the next start or stage sends the metrics from %s", _shown(self._uri), unsent, self._spool)
 
     def __enter__(self) -> Tracker:
@@ -297,8 +297,9 @@ class Tracker:
                 self._ended = True
         except Exception as error:  # whatever it is: without this thread metrics would be lost
             self._batch = max(self._batch // 2, 1)  # a server that is slow rather than down can finish a smaller one in time
+            self._failure = _reason(error)
             if not known_down:
-                log.warning("MLflow at %s: %s; metrics wait in %s", _shown(self._uri), _reason(error), self._spool)
+                log.warning("MLflow at %s: %s; metrics wait in %s", _shown(self._uri), self._failure, self._spool)
             with contextlib.suppress(OSError):
                 sync(self._spool)  # now the only copy
             return False

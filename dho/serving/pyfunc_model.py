@@ -10,7 +10,6 @@ MLflow keeps this file as code, not as a pickled object, beside `code/dho_runtim
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import sys
 from pathlib import Path
@@ -46,7 +45,7 @@ class StudentModel(PythonModel):
 
         Args:
             context: MLflow's; unused, `load_context` has read it.
-            model_input: column `image`: bytes of one encoded image a row (base64 text is taken too).
+            model_input: column `image`: one encoded image a row: its bytes, or their base64 as text or bytes.
             params: `alpha` in 0-1, `beta` > 0 (default: the tuned values), `top_k` (more than there are classes means all),
                 `batch_size` (images decoded and run at a time), `on_error` ("raise" or "null").
 
@@ -110,15 +109,19 @@ class StudentModel(PythonModel):
 
     def _pixels(self, value: Any) -> npt.NDArray[np.uint8]:
         """One cell of the column `image` -> uint8 [size, size, 3]; raises `ImageRejected`."""
-        if isinstance(value, str):
-            try:
-                value = base64.b64decode("".join(value.split()), validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise dho_runtime.ImageRejected("text that is not base64") from error
-        if not isinstance(value, bytes | bytearray | memoryview):
+        if not isinstance(value, str | bytes | bytearray | memoryview):
             kind = "nothing" if value is None or value is pd.NA or isinstance(value, float) else type(value).__name__
             raise dho_runtime.ImageRejected(f"{kind} where the bytes of an image were expected")
-        image = dho_runtime.decode(bytes(value), self.card["max_pixels"])
+        data = value if isinstance(value, str) else bytes(value)
+        # MLflow's server undoes base64 in `dataframe_records` and `dataframe_split`, but not in `inputs` and `instances`. No image is
+        # valid base64: the header of every format has bytes outside its alphabet.
+        try:
+            text = data if isinstance(data, str) else data.decode("ascii")
+            data = base64.b64decode("".join(text.split()), validate=True)
+        except ValueError as error:
+            if isinstance(data, str):
+                raise dho_runtime.ImageRejected("text that is not base64") from error
+        image = dho_runtime.decode(data, self.card["max_pixels"])
         box = dho_runtime.centre_box(*image.size)
         return dho_runtime.render(image, box, self.card["input_size"], self.card["interpolation"])  # type: ignore[no-any-return]
 

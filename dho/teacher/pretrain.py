@@ -27,6 +27,7 @@ from dho.data.pixels import Pixels, loader
 from dho.errors import ConfigError, DataError
 from dho.files import write_atomically, write_tensors
 from dho.progress import bar
+from dho.schedule import learning_rate_share
 
 WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 
@@ -124,7 +125,7 @@ def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], t
         task = shown.add_task("pretrain", total=steps, note="")
         for step, (pixels, text) in enumerate(loader(make, 0, steps, workers=config.launch.workers)):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(step, steps, warmup=max(1, steps // 10))
+                group["lr"] = settings.learning_rate * learning_rate_share(step, steps, warmup=max(1, steps // 10))
             images = ((pixels.to(device).float() - mean) / std).permute(0, 3, 1, 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 features, text_features, scale = model(images, text.to(device))
@@ -147,10 +148,3 @@ def _batch(
     epoch, place = divmod(step, per_epoch)
     chosen = np.random.default_rng([seed, epoch]).permutation(len(rows))[place * size : (place + 1) * size]
     return pixels.batch(rows[chosen], view=epoch), tokens[chosen]
-
-
-def _schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,43 @@
+# make repro: the whole workflow. make test: every check. Both need Python 3.11 or newer, git and make, and nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+RUN := source .venv/bin/activate &&
+
+.PHONY: repro test lint compare bench lock clean
+
+repro: .venv/ready
+	$(RUN) dvc repro
+	$(RUN) dho results
+
+test: .venv/ready lint
+	$(RUN) pytest
+
+lint: .venv/ready
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+
+compare: .venv/ready
+	$(RUN) python benchmarks/compare_methods.py
+
+bench: .venv/ready
+	$(RUN) python benchmarks/train_step.py
+	$(RUN) python benchmarks/teacher_store.py
+
+# The environment: uv from PyPI in a place of its own, then exactly what the lock says, then this package.
+.venv/ready: requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("dho needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	.uv/bin/uv venv -q --clear --python $(PYTHON) .venv
+	.uv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r requirements-dev.txt
+	.uv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+	touch $@
+
+# New exact versions from pyproject.toml.
+lock:
+	.uv/bin/uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements.txt
+	.uv/bin/uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev -c requirements.txt -o requirements-dev.txt
+
+clean:
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,206 @@
+"""The command line: one command a stage, in the order of the story, and `predict`.
+
+Stages read `params.yaml` and the folders of the stage before, as `dvc.yaml` names them; `dvc repro` runs all that is out of date.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dho import __version__
+from dho.config import Config, load
+from dho.errors import DhoError
+
+RAW, PREPARED, PRETRAINED, STORE = Path("data/raw"), Path("data/prepared"), Path("data/pretrained"), Path("data/teacher")
+TRAINED, EVALUATED, REGISTERED = Path("outputs/train"), Path("outputs/evaluate"), Path("outputs/register.json")
+CHECKPOINTS = Path("checkpoints")
+
+app = typer.Typer(
+    name="dho",
+    help="Dual-Head Optimization: a vision-language teacher, few labels and many unlabelled images make a small, fast classifier.\n\n"
+    "The stages, in order: fetch, prepare, pretrain, teach, train, evaluate, register. `dvc repro` runs those that are out of date.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+PARAMS = Path("params.yaml")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"dho {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def fetch(params: Params = PARAMS) -> None:
+    """Bring the raw files of the data set here, by whichever way works, and check them."""
+    from dho.data.fetch import fetch
+
+    fetch(load(params).data, RAW)
+
+
+@app.command()
+def prepare(params: Params = PARAMS) -> None:
+    """Check every image, draw the splits, write tar shards and the index."""
+    from dho.data.prepare import prepare
+
+    prepare(load(params).data, RAW, PREPARED)
+
+
+@app.command()
+def pretrain(params: Params = PARAMS) -> None:
+    """Train the stand-in teacher on images and captions (nothing to do with a real CLIP)."""
+    from dho.teacher.pretrain import pretrain
+
+    pretrain(load(params), PREPARED, PRETRAINED)
+
+
+@app.command()
+def teach(
+    params: Params = PARAMS,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace a store that was made from something else.")] = False,
+) -> None:
+    """Run the teacher once over every (image, view) and write the teacher store."""
+    config = _in_torchrun(params, "teach", *(["--rebuild"] if rebuild else []))
+    from dho.distributed import process_group
+    from dho.teacher.teach import teach
+
+    with process_group() as process:
+        teach(config, PREPARED, STORE, process, rebuild)
+
+
+@app.command()
+def train(params: Params = PARAMS) -> None:
+    """Train the student on both streams; interrupted, it goes on where it stopped."""
+    config = _in_torchrun(params, "train")
+    from dho.distributed import process_group
+    from dho.trainer import STOPPED, train
+
+    with process_group() as process:
+        finished = train(config, PREPARED, STORE, TRAINED, CHECKPOINTS, process)
+    if not finished:
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def evaluate(params: Params = PARAMS) -> None:
+    """Choose alpha and beta on val, measure both heads, their combination and the teacher, draw the plots."""
+    from dho import report
+
+    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, CHECKPOINTS / "unsent")
+    _print_metrics(metrics)
+
+
+@app.command()
+def register(params: Params = PARAMS) -> None:
+    """Put the student into MLflow's model registry as a version with the alias `candidate`."""
+    from dho.registry import register
+
+    done = register(load(params), TRAINED / "student", EVALUATED / "metrics.json", REGISTERED)
+    print(f"register: models:/{done['name']}@candidate is version {done['version']}")
+
+
+@app.command()
+def results() -> None:
+    """Print the table of accuracies that `evaluate` measured on test."""
+    import json
+
+    from dho.errors import DataError
+    from dho.report import METRICS
+
+    try:
+        _print_metrics(json.loads((EVALUATED / METRICS).read_text()))
+    except OSError as error:
+        raise DataError(f"{EVALUATED / METRICS}: {error.strerror}; run the evaluate stage") from error
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Labels to print for each image.", min=1)] = 3,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the CE head; default: as tuned.", min=0, max=1)] = None,
+    beta: Annotated[float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)] = None,
+) -> None:
+    """Label images with the trained student: labels and probabilities, most likely first."""
+    from dho.predict import predict
+
+    bad = 0
+    for path, answer in predict(TRAINED / "student", EVALUATED / "metrics.json", images, alpha, beta):
+        if isinstance(answer, str):
+            print(f"dho: {path}: {answer}", file=sys.stderr)
+            bad += 1
+        else:
+            print(f"{path}\t" + "\t".join(f"{label} {probability:.3f}" for label, probability in answer[:top]))
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def params() -> None:
+    """Print every setting of params.yaml with its default and its meaning."""
+    table = Table("setting", "default", "meaning")
+    for key, field in _settings(Config, ""):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        choices = field.metadata.get("choices")
+        meaning = field.metadata["doc"] + (f" One of {', '.join(map(str, choices))}." if choices else "")
+        table.add_row(key, _short(default), meaning)
+    Console().print(table)
+
+
+def _settings(cls: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) < 40 else text[:36] + " ..."
+
+
+def _in_torchrun(params: Path, *command: str) -> Config:
+    """The config, read in a process of torchrun; when torchrun has not started this process, start it and never return."""
+    from dho.launch import exec_torchrun, under_torchrun
+
+    config = load(params)
+    if not under_torchrun():
+        exec_torchrun(config, [*command, "--params", str(params)])
+    return config
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from dho.report import table
+
+    shown = Table("test", "top-1", "top-5", "NLL", "ECE")
+    for row in table(metrics):
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def main(*arguments: str) -> None:
+    """Entry point (with `arguments` instead of the command line's, for pipelines/): an error the user can mend is one line on standard error and exit code 1."""
+    try:
+        app(list(arguments) or None)
+    except DhoError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"dho: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
