@@ -193,7 +193,11 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def main(*arguments: str) -> None:
-    """Entry point (with `arguments` instead of the command line's, for pipelines/): an error the user can mend is one line on standard error and exit code 1."""
+    """Entry point; an error the user can mend is one line on standard error and exit code 1.
+
+    Args:
+        arguments: what to run instead of the command line's words (pipelines/).
+    """
     try:
         app(list(arguments) or None)
     except DhoError as error:

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -78,7 +78,7 @@ def register(config: Config, student_folder: Path, metrics_file: Path, out: Path
     expected = _expected(student, example, config.data.max_pixels, alpha, beta)
     client, name, uri = connect(config.tracking), config.registry.name, tracking_uri(config.tracking)
     with one_line(uri, "cannot find the student's run"):
-        _check_run(client, card, student_folder)
+        run = _run_of(client, card, student_folder)
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary)
         export_onnx(student, package / "student.onnx")
@@ -91,7 +91,7 @@ def register(config: Config, student_folder: Path, metrics_file: Path, out: Path
         if version is None:
             tags = {"package.sha256": package_sha256, "onnx.sha256": sha256} | _tags(card, alpha, beta, test)
             with one_line(uri, "cannot take the student's package"), _serving_imports():
-                model_id = _log(package, card, content, example, tags)
+                model_id = _log(client, run, package, card, content, example, tags)
                 answer = mlflow.pyfunc.load_model(f"models:/{model_id}").predict(pd.DataFrame({"image": [example]}))
             _check_answer(model_id, answer, expected)
             with one_line(uri, f"cannot add a version to {name}"):
@@ -202,17 +202,20 @@ def _find(client: MlflowClient, name: str, package_sha256: str) -> Any:
     return max(ready, key=lambda version: int(version.version), default=None)
 
 
-def _log(package: Path, card: StudentCard, content: dict[str, Any], example: bytes, tags: dict[str, str]) -> str:
-    """Log the package as model `student` of the training run; its id."""
-    # Model.log takes the run's id where mlflow.pyfunc.log_model takes the active run: starting a finished run again would set it to
-    # running, move its end and start its system metrics anew.
-    info = Model.log(
+def _log(
+    client: MlflowClient, run: Run, package: Path, card: StudentCard, content: dict[str, Any], example: bytes, tags: dict[str, str]
+) -> str:
+    """Log the package as model `student` of the training run, in that run's experiment; its id."""
+    # Not mlflow.pyfunc.log_model, which takes the run from mlflow.start_run: that would set a finished run to running and move its end.
+    # Model.log takes the run's id, but by itself puts the model into whichever experiment is active.
+    model = client.create_logged_model(run.info.experiment_id, "student", card.run_id, tags, run.data.params)
+    Model.log(
         artifact_path=None,
         name="student",
         flavor=mlflow.pyfunc,
         run_id=card.run_id,
+        model_id=model.model_id,
         step=card.steps,
-        tags=tags,
         python_model=str(CODE / "pyfunc_model.py"),
         code_paths=[str(CODE / "dho_runtime.py")],
         artifacts={"student": str(package / "student.onnx"), "card": str(package / "card.json")},
@@ -220,7 +223,7 @@ def _log(package: Path, card: StudentCard, content: dict[str, Any], example: byt
         signature=signature(content["alpha"], content["beta"]),
         input_example=pd.DataFrame({"image": [example]}),
     )
-    return str(info.model_id)
+    return str(model.model_id)
 
 
 def _log_metrics(client: MlflowClient, card: StudentCard, model_id: str, test: dict[str, float]) -> None:
@@ -270,9 +273,9 @@ def _check_answer(model_id: str, answer: pd.DataFrame, expected: np.ndarray[Any,
         raise DhoError(f"logged model {model_id} gives its example probability {served:.4f}, the student {trained:.4f}; not registered")
 
 
-def _check_run(client: MlflowClient, card: StudentCard, student_folder: Path) -> None:
+def _run_of(client: MlflowClient, card: StudentCard, student_folder: Path) -> Run:
     try:
-        client.get_run(card.run_id)
+        return client.get_run(card.run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise

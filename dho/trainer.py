@@ -84,13 +84,12 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         precision = config.train.precision
         self.bf16 = precision == "bf16" or (precision == "auto" and process.device.type == "cuda")
-        self.epoch_losses: list[Tensor] = []
 
     def run(self) -> bool:
         """Train to the end, or to the next step after a signal; True when finished."""
         with self._signals(), self._tracker() as tracker:
             try:
-                finished = self._loop(tracker)
+                finished = self.loop(tracker)
             except BaseException:
                 if tracker is not None:
                     tracker.close("FAILED")
@@ -103,24 +102,20 @@ class Trainer:
         self.checkpoints.remove()
         return True
 
-    def _loop(self, tracker: Tracker | None) -> bool:
+    def loop(self, tracker: Tracker | None) -> bool:
+        """The steps from `state.step` to the last; True when all are done, False when stopped by a signal."""
         train, state, steps = self.config.train, self.state, self.streams.steps
         meter = _Meter(self.process)
         with bar(self.process.is_main) as shown:
             line = shown.add_task(f"train {train.method}", total=steps, completed=state.step, note="")
             for step, batch in meter.timed(self.streams.from_step(state.step)):
-                rate = train.learning_rate * learning_rate_share(step, steps, train.warmup_steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.zero_grad(set_to_none=True)
-                losses = self._accumulate(self._to_device(batch), step)
-                self.optimizer.step()
-
+                losses = self.step(self.to_device(batch), step)
                 state.step = step + 1
                 meter.add(losses, sum(self.streams.sizes(step)[name] for name in self.task.streams))
                 shown.advance(line)
                 ends_epoch = state.step % self.streams.plan.steps_per_epoch == 0
                 if state.step % train.log_every == 0 or ends_epoch:
+                    rate = self.optimizer.param_groups[0]["lr"]
                     metrics = meter.read() | {"train/learning_rate": rate, "train/epoch": state.step / self.streams.plan.steps_per_epoch}
                     self._log(tracker, metrics)
                     shown.update(line, note=f"loss {metrics['train/loss/total']:.3f}")
@@ -133,8 +128,18 @@ class Trainer:
                     self._checkpoint()
         return True
 
-    def _accumulate(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Gradient of one step, in micro-batches; returns this rank's losses, detached."""
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One step on this rank's share of both batches (on its device), in micro-batches; returns this rank's losses, detached."""
+        train = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate * learning_rate_share(step, self.streams.steps, train.warmup_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(batch, step)
+        self.optimizer.step()
+        return losses
+
+    def _backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Gradients of one step; returns this rank's losses, detached."""
         pieces = self.config.train.accumulate
         # DDP averages gradients over the ranks; divided by this, that average is the gradient of the mean over all images.
         counts = {name: size / self.process.world_size for name, size in self.streams.sizes(step).items()}
@@ -150,7 +155,8 @@ class Trainer:
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         return totals
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """This rank's batch on its device."""
         device = self.process.device
         return {stream: {key: value.to(device, non_blocking=True) for key, value in entries.items()} for stream, entries in batch.items()}
 

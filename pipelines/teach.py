@@ -1,4 +1,7 @@
-"""Stage `teach`: write the teacher store; DVC knows why it is out of date, so a store of something else is replaced (and that is said). `dvc repro teach`"""
+"""Stage `teach`: write the teacher store. `dvc repro teach`
+
+DVC runs it because something changed, so a store of something else is replaced, and what differs is said.
+"""
 
 from dho.cli import main
 

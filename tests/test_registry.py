@@ -92,6 +92,7 @@ def _run(client: MlflowClient) -> str:
     experiment = client.get_experiment_by_name("served")
     run = client.create_run(experiment.experiment_id, run_name="a training that ended")
     client.log_metric(run.info.run_id, "test/combined/top1", 0.75, step=90)
+    client.log_param(run.info.run_id, "train.eta", 2.0)
     client.set_terminated(run.info.run_id, "FAILED", end_time=1_700_000_000_000)
     return run.info.run_id
 
@@ -301,8 +302,15 @@ def test_the_version_says_where_it_comes_from_and_leaves_the_run_as_it_was(house
     run = house.client.get_run(result["run_id"])
     assert (run.info.status, run.info.end_time) == ("FAILED", 1_700_000_000_000)
     assert len(house.client.get_metric_history(result["run_id"], "test/combined/top1")) == 1
-    logged = {metric.key: metric.value for metric in house.client.get_logged_model(result["model_id"]).metrics}
-    assert logged == {"test/combined/top1": 0.75, "test/combined/ece": 0.1, "test/ce_head/top1": 0.5}
+    model = house.client.get_logged_model(result["model_id"])
+    assert (model.experiment_id, model.source_run_id, model.status) == (run.info.experiment_id, run.info.run_id, "READY")
+    assert model.artifact_location.startswith((house.folder / "artifacts").as_uri()) and model.params == {"train.eta": "2.0"}
+    assert (model.model_id, 100) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
+    assert {metric.key: metric.value for metric in model.metrics} == {
+        "test/combined/top1": 0.75,
+        "test/combined/ece": 0.1,
+        "test/ce_head/top1": 0.5,
+    }
     signature = house.model.metadata.signature
     assert [(p.name, p.default) for p in signature.params] == [
         ("alpha", 0.4),

@@ -1,0 +1,115 @@
+"""Small real stand-ins, made once a session: a folder of drawn images, its prepared data set, an open_clip teacher and its store."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+from dho.config import Config, from_dict
+from dho.data.fetch import fetch
+from dho.data.index import Index
+from dho.data.prepare import prepare
+from dho.distributed import Process
+from dho.teacher.pretrain import pretrain
+from dho.teacher.store import TeacherStore
+from dho.teacher.teach import teach
+
+CLASSES = ("circle", "square", "stripes")
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def draw_image(name: str, seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+    """A small picture of one of CLASSES, different for every seed."""
+    generator = np.random.default_rng([seed, CLASSES.index(name)])
+    image = Image.fromarray(generator.integers(0, 90, (size[1], size[0], 3), dtype=np.uint8))
+    pen, colour = ImageDraw.Draw(image), tuple(int(value) for value in generator.integers(120, 256, 3))
+    x, y = (int(value) for value in generator.integers(4, 12, 2))
+    if name == "circle":
+        pen.ellipse((x, y, x + 20, y + 20), fill=colour)
+    elif name == "square":
+        pen.rectangle((x, y, x + 18, y + 18), fill=colour)
+    else:
+        for left in range(x % 6, size[0], 6):
+            pen.line((left, 0, left, size[1]), fill=colour, width=2)
+    return image
+
+
+def write_folder(root: Path, each: int = 30, unlabelled: int = 30) -> None:
+    """The layout of a user's own images: root/<class>/*.jpg and root/unlabelled/*.png."""
+    for name in CLASSES:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for seed in range(each):
+            draw_image(name, seed).save(root / name / f"{seed:03d}.jpg", quality=92)
+    (root / "unlabelled").mkdir(parents=True, exist_ok=True)
+    for seed in range(unlabelled):
+        draw_image(CLASSES[seed % len(CLASSES)], 10_000 + seed).save(root / "unlabelled" / f"{seed:03d}.png")
+
+
+def tiny_tree(source: Path, folder: Path) -> dict[str, Any]:
+    """Parameters of a workflow over `write_folder`'s images that takes seconds."""
+    return {
+        "data": {
+            "name": "folder",
+            "source": str(source),
+            "splits": {"shots": 4, "val_per_class": 5, "test_per_class": 5, "captions": 24},
+        },
+        "views": {"count": 2},
+        "teacher": {"model": f"local-dir:{folder / 'pretrained'}", "batch_size": 16, "shard_images": 16},
+        "pretrain": {"epochs": 2, "batch_size": 8},
+        "student": {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, "input_size": 32},
+        "train": {"epochs": 2, "batch_labelled": 8, "batch_unlabelled": 8, "log_every": 3, "checkpoint_every": 4},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}", "experiment": "tests"},
+        "launch": {"workers": 1, "processes": 1},
+    }
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A prepared data set and a complete teacher store; do not write to its folders."""
+
+    folder: Path
+    tree: dict[str, Any]
+    """Parameters, to be copied and changed."""
+
+    @property
+    def config(self) -> Config:
+        return from_dict(self.tree)
+
+    @property
+    def prepared(self) -> Path:
+        return self.folder / "prepared"
+
+    @property
+    def store_folder(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def index(self) -> Index:
+        return Index.load(self.prepared)
+
+    @property
+    def store(self) -> TeacherStore:
+        return TeacherStore.open(self.store_folder, self.index, self.config)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_folder(folder / "images")
+    made = Tiny(folder, tiny_tree(folder / "images", folder))
+    config = made.config
+    fetch(config.data, folder / "raw")
+    prepare(config.data, folder / "raw", made.prepared)
+    pretrain(config, made.prepared, folder / "pretrained")
+    teach(config, made.prepared, made.store_folder, ALONE)
+    return made
