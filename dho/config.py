@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ from typing import Any
 import yaml
 
 from dho.errors import ConfigError
+
+LARGEST_SEED = 2**63 - 1
+"""Seeds are written into 8 bytes (`dho/data/views.py`) and given to torch."""
+LARGEST_IMAGE = 178_956_970
+"""Pixels beyond which Pillow itself refuses an image."""
 
 
 def setting(
@@ -53,7 +59,7 @@ def setting(
 class SplitsConfig:
     """How the images are divided (stage `prepare`). Splits are class-balanced wherever the classes are known."""
 
-    seed: int = setting(0, "Seed of the draw; the same seed and images give the same splits on every platform.", low=0)
+    seed: int = setting(0, "Seed of the draw; the same seed and images give the same splits on every platform.", low=0, high=LARGEST_SEED)
     shots: int | None = setting(16, "Labelled images a class (K); null with labelled_fraction null takes every labelled image.", low=1)
     labelled_fraction: float | None = setting(
         None, "Labelled share of each class instead of shots (0.01 is the paper's 1 %).", above=0, high=1
@@ -85,7 +91,10 @@ class DataConfig:
     )
     max_rejected: float = setting(0.01, "Largest share of files that may be unreadable before `prepare` stops.", low=0, high=1)
     max_pixels: int = setting(
-        50_000_000, "An image with more pixels than this is rejected before it is decoded (decompression bombs).", low=1
+        50_000_000,
+        "An image with more pixels than this is rejected before it is decoded (decompression bombs).",
+        low=1,
+        high=LARGEST_IMAGE,
     )
     shard_images: int = setting(5000, "Images in one tar shard.", low=1)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
@@ -95,7 +104,9 @@ class DataConfig:
 class ViewsConfig:
     """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, horizontal flip)."""
 
-    seed: int = setting(0, "Seed of the views; with an image's sha256 and the view's number it fixes the crop and the flip.", low=0)
+    seed: int = setting(
+        0, "Seed of the views; with an image's sha256 and the view's number it fixes the crop and the flip.", low=0, high=LARGEST_SEED
+    )
     count: int = setting(4, "Views an image (V): epoch e trains on view e mod V, and the teacher store holds V embeddings an image.", low=1)
     scale: list[float] = setting([0.5, 1.0], "Smallest and largest share of the image's area that a crop keeps.", above=0, high=1)
     flip: bool = setting(True, "Mirror half of the views left to right.")
@@ -118,7 +129,7 @@ class PretrainConfig:
 
     enabled: bool = setting(True, "Train a stand-in teacher on the captions split; false when teacher.model is a real one.")
     architecture: str = setting("dho/teacher/dho-tiny.json", "open_clip config (model_cfg and preprocess_cfg) of the model to train.")
-    seed: int = setting(0, "Seed of weights, batches and caption noise.", low=0)
+    seed: int = setting(0, "Seed of weights, batches and caption noise.", low=0, high=LARGEST_SEED)
     epochs: int = setting(6, "Passes over the captions split.", low=1)
     batch_size: int = setting(256, "Image-caption pairs a step.", low=2)
     learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine with warm-up of a tenth).", above=0)
@@ -153,7 +164,7 @@ class TrainConfig:
     """The two-stream training of the student (Algorithm 1; Table 7 for recipes)."""
 
     method: str = setting("dho", "dho: two heads; ce: labelled only; kd: teacher only; ce_kd: both losses on one head.", choices=METHODS)
-    seed: int = setting(0, "Seed of weights and of both streams' order.", low=0)
+    seed: int = setting(0, "Seed of weights and of both streams' order.", low=0, high=LARGEST_SEED)
     epochs: int = setting(5, "Passes over the unlabelled stream.", low=1)
     batch_labelled: int = setting(64, "Labelled images a step, over all ranks.", low=1)
     batch_unlabelled: int = setting(64, "Unlabelled images a step at most, over all ranks; an epoch is cut into equal steps.", low=1)
@@ -242,6 +253,8 @@ def load(path: str | Path = "params.yaml") -> Config:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); run dho in the folder that holds params.yaml, or give --params"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -314,15 +327,19 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
     if origin is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise refuse(_describe(hint, limits)) from None
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
         raise refuse(_describe(hint, limits))
     if origin is list:
         return [_checked(f"{key}[{i}]", element, arguments[0], limits, where) for i, element in enumerate(value)]
+    if origin is dict and not all(isinstance(name, str) for name in value):
+        raise refuse("a mapping with text as keys (put numbers in quotes)")
     if origin is dict and arguments[1] is not Any:
         return {name: _checked(f"{key}.{name}", element, arguments[1], limits, where) for name, element in value.items()}
     if limits["choices"] is not None and value not in limits["choices"]:
+        raise refuse(_describe(hint, limits))
+    if isinstance(value, float) and not math.isfinite(value):
         raise refuse(_describe(hint, limits))
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, high, above = limits["low"], limits["high"], limits["above"]
@@ -337,7 +354,7 @@ def _describe(hint: Any, limits: Any) -> str:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     words = " or ".join(names.get(option) or ("a list" if typing.get_origin(option) is list else "a mapping") for option in options)
-    bounds = [f"{sign} {limits[key]:g}" for key, sign in (("above", ">"), ("low", ">="), ("high", "<=")) if limits[key] is not None]
+    bounds = [f"{sign} {limits[key]}" for key, sign in (("above", ">"), ("low", ">="), ("high", "<=")) if limits[key] is not None]
     return " ".join([words, *([" and ".join(bounds)] if bounds else [])])
 
 
@@ -360,6 +377,8 @@ def _check_together(config: Config, where: str) -> None:
         if not set(must) <= set(grid):
             raise refuse(f"evaluate.{key}", grid, f"a list that holds {must[0]:g} and {must[1]:g}")
     for key, templates in (("data.templates", config.data.templates), ("pretrain.caption_templates", config.pretrain.caption_templates)):
+        if templates == []:
+            raise refuse(key, templates, "one template or more")
         for template in templates or []:
             if template.count("{}") != 1:
                 raise refuse(key, template, "each template to hold {} once, where the class name goes")

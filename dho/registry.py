@@ -28,7 +28,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
@@ -42,10 +42,9 @@ from dho.config import Config, digest
 from dho.errors import DataError, DhoError, TrackingError
 from dho.export import export_onnx
 from dho.files import sha256_file, write_atomically
+from dho.mlflow_server import connect, one_line, tracking_uri
 from dho.serving import dho_runtime
 from dho.student import Student, StudentCard, load_student
-from dho.tracking import _one_line as one_line
-from dho.tracking import connect, tracking_uri
 
 CODE = Path(__file__).parent / "serving"
 REQUIREMENTS = ("mlflow-skinny", "numpy", "onnxruntime", "pandas", "pillow")

@@ -17,19 +17,15 @@ import json
 import logging
 import math
 import os
-import platform
-import re
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dho.config import TrackingConfig
 from dho.errors import TrackingError
-from dho.files import sha256_file, sync, write_atomically
+from dho.files import sync, write_atomically
+from dho.mlflow_server import REQUEST_S, connect, experiment_id, one_line, post, reason, shown, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,73 +34,11 @@ if TYPE_CHECKING:
 # Read when mlflow is first imported, which is why mlflow is imported inside functions only (that also takes seconds).
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-REQUEST_S = 10  # longest wait for one answer
 TICK_S = 0.5  # metrics wait this long for company before they are sent
 LONGEST_PAUSE_S = 30.0  # between attempts while the server is down
 BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = 1000, 6000, 36  # MLflow's limits: metrics in one request, characters, characters
 
 log = logging.getLogger(__name__)
-
-
-def tracking_uri(config: TrackingConfig) -> str:
-    """MLflow's address: environment variable MLFLOW_TRACKING_URI, else `tracking.uri`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or config.uri
-
-
-def connect(config: TrackingConfig) -> MlflowClient:
-    """A client of the tracking server, which is also made the process's tracking and registry address for `mlflow.*`.
-
-    Raises:
-        TrackingError: no answer within `REQUEST_S` seconds, or the server refuses the credentials.
-    """
-    import mlflow
-    import sqlalchemy
-    from mlflow.store.db.db_types import DATABASE_ENGINES
-
-    uri = tracking_uri(config)
-    with _one_line(uri, "does not answer", "start it, or set MLFLOW_TRACKING_URI or tracking.uri to one that runs"):
-        # Asked here first because MLflow itself would retry for minutes.
-        if uri.startswith("http"):
-            _post(uri, "experiments/search", {"max_results": 1})
-        elif uri.split(":")[0].split("+")[0] in DATABASE_ENGINES:
-            engine = sqlalchemy.create_engine(uri)
-            engine.connect().close()
-            engine.dispose()
-        environment = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        if environment is None:  # mlflow has set it, and it would win over another config in this process
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        client = mlflow.MlflowClient()
-        client.search_experiments(max_results=1)
-    return client
-
-
-def source_tags(root: Path) -> dict[str, str]:
-    """What made the run: git commit and whether the tree differs from it, hash of `dvc.lock`, hardware, versions.
-
-    The commit comes from the repository at `root`, or in an image without one from environment variable GIT_COMMIT. `dvc.lock`
-    alone does not make the tree dirty: `dvc repro` rewrites it between stages, and its own hash is a tag.
-    """
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    tags = {
-        "hardware": ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus))) or f"{os.cpu_count()} x {_cpu_name()}",
-        "version.dho": version("dho"),
-        "version.torch": str(torch.__version__),
-        "version.python": platform.python_version(),
-    }
-    commit = _git(root, "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-    else:
-        log.warning("%s: no git commit is known for this run; set GIT_COMMIT where there is no repository", root.resolve())
-    if (changes := _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock")) is not None:
-        tags["git.dirty"] = "true" if changes else "false"
-    if (lock := root / "dvc.lock").is_file():
-        tags["dvc.lock.sha256"] = sha256_file(lock)
-    return tags
 
 
 class Tracker:
@@ -157,13 +91,13 @@ class Tracker:
             TrackingError: MLflow does not answer or refuses, or the experiment or the run was deleted there.
         """
         client, uri = connect(config), tracking_uri(config)
-        with _one_line(uri, f"cannot open run {run_id or run_name or ''}"):
+        with one_line(uri, f"cannot open run {run_id or run_name or ''}"):
             if run_id is None:
-                run = client.create_run(_experiment(client, uri, config.experiment), run_name=run_name)
+                run = client.create_run(experiment_id(client, uri, config.experiment), run_name=run_name)
             else:
                 run = client.get_run(run_id)
                 if run.info.lifecycle_stage != "active":
-                    raise TrackingError(f"MLflow at {_shown(uri)}: run {run_id} was deleted; `mlflow runs restore --run-id {run_id}`")
+                    raise TrackingError(f"MLflow at {shown(uri)}: run {run_id} was deleted; `mlflow runs restore --run-id {run_id}`")
                 client.update_run(run_id, status="RUNNING", name=run_name)
         tracker = cls(client, uri, run.info.run_id, run.info.start_time, spool, config.system_metrics_every)
         try:
@@ -182,6 +116,16 @@ class Tracker:
         except OSError as error:
             log.warning("%s: metrics of step %d are lost (%s)", self._spool, step, error.strerror)
 
+    def last_recorded(self, prefix: str) -> int:
+        """Largest step at which a metric of this prefix is in the spool (of this process or an earlier one); -1 for none."""
+        last = -1
+        for line in self._spool.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote
+                entry = json.loads(line)
+                if any(key.startswith(prefix) for key in entry["metrics"]):
+                    last = max(last, entry["step"])
+        return last
+
     def log_params(self, params: dict[str, Any]) -> None:
         """Record parameters; one too long for MLflow goes on under `<name>.2`, `<name>.3`, ...
 
@@ -197,7 +141,7 @@ class Tracker:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             for i in range(0, max(len(text), 1), PARAM_LENGTH):
                 texts[f"{key}.{i // PARAM_LENGTH + 1}" if i else key] = text[i : i + PARAM_LENGTH]
-        with _one_line(self._uri, "cannot record the parameters"):
+        with one_line(self._uri, "cannot record the parameters"):
             known = self._client.get_run(self.run_id).data.params
             self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items() if key not in known])
         changed = {key: text for key, text in texts.items() if known.get(key, text) != text}
@@ -209,7 +153,7 @@ class Tracker:
         """Set the run's tags; raises `TrackingError` where MLflow does not answer or refuses."""
         from mlflow.entities import RunTag
 
-        with _one_line(self._uri, "cannot set the tags"):
+        with one_line(self._uri, "cannot set the tags"):
             self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def log_input(self, name: str, digest: str, source: str, context: str) -> None:
@@ -227,7 +171,7 @@ class Tracker:
 
         dataset = Dataset(name=name, digest=digest[:DIGEST_LENGTH], source_type="local", source=json.dumps({"uri": source}))
         tags = [InputTag("mlflow.data.context", context), InputTag("fingerprint", digest)]
-        with _one_line(self._uri, f"cannot record the input {name}"):
+        with one_line(self._uri, f"cannot record the input {name}"):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
     def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
@@ -236,7 +180,7 @@ class Tracker:
         Raises:
             TrackingError: MLflow or its artifact store does not answer or refuses.
         """
-        with _one_line(self._uri, f"cannot take {path}"):
+        with one_line(self._uri, f"cannot take {path}"):
             upload = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
             upload(self.run_id, str(path), artifact_path)
 
@@ -256,7 +200,7 @@ class Tracker:
         if not self._ended:
             lines = self._spool.read_bytes()[self._sent :].count(b"\n")
             unsent = f"{lines} lines of metrics and status {status} of run {self.run_id} are unsent ({self._failure})"
-            log.warning("MLflow at %s: %s; the next start or stage sends the metrics from %s", _shown(self._uri), unsent, self._spool)
+            log.warning("MLflow at %s: %s; the next start or stage sends the metrics from %s", shown(self._uri), unsent, self._spool)
 
     def __enter__(self) -> Tracker:
         return self
@@ -297,14 +241,14 @@ class Tracker:
                 self._ended = True
         except Exception as error:  # whatever it is: without this thread metrics would be lost
             self._batch = max(self._batch // 2, 1)  # a server that is slow rather than down can finish a smaller one in time
-            self._failure = _reason(error)
+            self._failure = reason(error)
             if not known_down:
-                log.warning("MLflow at %s: %s; metrics wait in %s", _shown(self._uri), self._failure, self._spool)
+                log.warning("MLflow at %s: %s; metrics wait in %s", shown(self._uri), self._failure, self._spool)
             with contextlib.suppress(OSError):
                 sync(self._spool)  # now the only copy
             return False
         if known_down and not last:
-            log.warning("MLflow at %s is back and has all metrics of run %s", _shown(self._uri), self.run_id)
+            log.warning("MLflow at %s is back and has all metrics of run %s", shown(self._uri), self.run_id)
         return True
 
     def _unsent(self) -> tuple[list[Metric], int]:
@@ -342,7 +286,7 @@ class Tracker:
                 raise
             if len(metrics) == 1:
                 if metrics[0].key not in self._refused:
-                    log.warning("MLflow refuses metric %r, which is left out: %s", metrics[0].key, _reason(error))
+                    log.warning("MLflow refuses metric %r, which is left out: %s", metrics[0].key, reason(error))
                 self._refused.add(metrics[0].key)
                 return None
         half = len(metrics) // 2
@@ -356,7 +300,7 @@ class Tracker:
         # JSON has no NaN and no infinity; protobuf's JSON, which the server reads, spells them as text.
         text = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
         entries = [{"key": m.key, "value": text.get(str(m.value), m.value), "timestamp": m.timestamp, "step": m.step} for m in metrics]
-        _post(self._uri, "runs/log-batch", {"run_id": self.run_id, "metrics": entries})
+        post(self._uri, "runs/log-batch", {"run_id": self.run_id, "metrics": entries})
 
     def _sample(self) -> None:
         """System metrics under MLflow's own names; their step is the time since the run began, in seconds, also after a restart."""
@@ -368,7 +312,7 @@ class Tracker:
                 collector.clear_metrics()
             self.log_metrics(values, (time.time_ns() // 1_000_000 - self._started_ms) // 1000)
         except Exception as error:
-            log.warning("no more system metrics: %s", _reason(error))
+            log.warning("no more system metrics: %s", reason(error))
             self._collectors = []
 
 
@@ -388,79 +332,3 @@ def _system_collectors() -> list[Any]:
         collector.collect_metrics()  # a process's first reading of the CPU is always 0
         collector.clear_metrics()
     return collectors
-
-
-def _post(uri: str, endpoint: str, body: dict[str, Any]) -> None:
-    """One attempt at MLflow's REST API, at most `REQUEST_S` seconds.
-
-    The client retries for minutes and takes its limits from environment variables, so it could not be made impatient for the
-    background thread alone.
-    """
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request, verify_rest_response
-
-    path = f"/api/2.0/mlflow/{endpoint}"
-    limits = {"max_retries": 0, "timeout": REQUEST_S, "raise_on_status": False}
-    response = http_request(get_default_host_creds(uri), path, "POST", json=body, **limits)  # type: ignore[no-untyped-call]
-    verify_rest_response(response, path)
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of the experiment, made if need be; for SQLite with artifacts in `mlartifacts` beside the database."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.engine import make_url
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        database = make_url(uri).database if uri.startswith("sqlite") else None
-        location = (Path(database).resolve().parent / "mlartifacts").as_uri() if database else None
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another process may have been faster
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        remedy = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or choose another tracking.experiment"
-        raise TrackingError(f"MLflow at {_shown(uri)}: experiment {name!r} was deleted; {remedy}")
-    return str(experiment.experiment_id)
-
-
-@contextlib.contextmanager
-def _one_line(uri: str, failure: str, remedy: str = "") -> Iterator[None]:
-    """Whatever MLflow, its database or its artifact store raise becomes one line that names the address and what to do."""
-    try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as error:
-        if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"):
-            failure = "refuses the credentials"
-            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        raise TrackingError(f"MLflow at {_shown(uri)} {failure} ({_reason(error)})" + (f"; {remedy}" if remedy else "")) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause on one line."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return _shown(" ".join(str(error).split())[:300] or type(error).__name__)
-
-
-def _shown(text: str) -> str:
-    """Text without the user and password of an address in it."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()

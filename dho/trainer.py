@@ -31,11 +31,12 @@ from dho.evaluation import quick
 from dho.files import write_atomically
 from dho.head_outputs import HeadOutputs, head_outputs
 from dho.progress import bar
+from dho.provenance import source_tags
 from dho.schedule import learning_rate_share
 from dho.student import StudentCard, save_student
 from dho.task import create_task
 from dho.teacher.store import TeacherStore
-from dho.tracking import Tracker, source_tags
+from dho.tracking import Tracker
 
 STOPPED = 143
 """Exit code of a training that was told to stop: 128 + SIGTERM, as a shell would say."""
@@ -79,6 +80,7 @@ class Trainer:
         self.checkpoints = Checkpoints(checkpoints / digest(self.fingerprints)[:16], config.train.keep_checkpoints)
         self.spool = checkpoints / "unsent"
         self.stop = StopFlag(process)
+        self.recorded = {"train": -1, "val": -1}
         self.state = self._resume()
         self.task.prepare(config.train.compile, distributed=process.world_size > 1)
         torch.backends.cudnn.benchmark = True
@@ -225,7 +227,9 @@ class Trainer:
         self.checkpoints.save(self.state, self.student, self.optimizer, self.process)
 
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
-        if tracker is not None:
+        """Record metrics at the present step, unless this run did so before it was restarted from an earlier checkpoint."""
+        kind = next(iter(metrics)).split("/")[0]
+        if tracker is not None and self.state.step > self.recorded[kind]:
             tracker.log_metrics(metrics, self.state.step)
 
     @contextlib.contextmanager
@@ -242,6 +246,7 @@ class Trainer:
                 params=flatten(to_dict(self.config)),
                 tags=source_tags(Path()) | {f"fingerprint.{name}": value for name, value in self.fingerprints.items()},
             )
+            self.recorded = {kind: tracker.last_recorded(f"{kind}/") for kind in self.recorded}
             new, self.state.run_id = not self.state.run_id, tracker.run_id
             if new:
                 tracker.log_input(self.index.name, self.index.fingerprint, str(self.index.folder), "training")

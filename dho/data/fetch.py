@@ -28,7 +28,9 @@ from dho.errors import DataError
 from dho.files import write_atomically
 
 STALL_S = 15.0
-"""A download that brings nothing for this long is given up."""
+"""A download that brings less than LEAST_BYTES in this long is given up."""
+LEAST_BYTES = 1 << 14
+"""About a kilobyte a second: a server that sends a byte now and then has stalled, too."""
 
 
 def fetch(config: DataConfig, out: Path) -> None:
@@ -66,10 +68,10 @@ Attempt = Callable[[Path, dict[str, str]], None]
 
 def _ways(catalogue_entry: Entry, source: str | None) -> list[tuple[str, Attempt]]:
     ways: list[tuple[str, Attempt]] = []
-    if source is not None and any(Path(source).glob(f"{next(iter(catalogue_entry.files))}*")):
+    if source is not None and any(Path(source, f"{name}{end}").exists() for name in catalogue_entry.files for end in ("", ".gz")):
         ways.append((f"data.source {source}", lambda out, files: _copy(Path(source), out, files)))
     if catalogue_entry.home:
-        ways.append((catalogue_entry.home, lambda out, files: download(catalogue_entry.home, out, files)))
+        ways.append((catalogue_entry.home, lambda out, files: download(catalogue_entry.home, out, files, STALL_S)))
     if catalogue_entry.debian_package:
         ways.append((f"Debian's package {catalogue_entry.debian_package}", lambda out, files: _debian(catalogue_entry, out, files)))
     return ways
@@ -89,10 +91,10 @@ def _copy(folder: Path, out: Path, files: dict[str, str]) -> None:
 def download(home: str, out: Path, files: dict[str, str], stall_s: float = STALL_S) -> None:
     """Download `<home><name>.gz` for every name and unpack it into `out`.
 
-    A download that brings no byte for `stall_s` seconds (name look-up and connecting included) is given up.
+    A download that brings less than `LEAST_BYTES` in `stall_s` seconds (name look-up and connecting included) is given up.
 
     Raises:
-        TimeoutError: nothing came for `stall_s` seconds.
+        TimeoutError: nothing, or next to nothing, came for `stall_s` seconds.
         OSError: the server refused, or the connection broke.
         ValueError: the content is not the right one.
     """
@@ -108,10 +110,15 @@ def _get(address: str, stall_s: float) -> bytes:
 
     def transfer() -> None:
         try:
-            with urllib.request.urlopen(address, timeout=stall_s) as response:
+            # The socket's own limit only ends this thread, after the watch has given up.
+            with urllib.request.urlopen(address, timeout=2 * stall_s) as response:
+                recent = 0
                 while part := response.read1(1 << 16):
                     parts.append(part)
-                    moved.set()
+                    recent += len(part)
+                    if recent >= LEAST_BYTES:
+                        moved.set()
+                        recent = 0
         except Exception as error:
             problems.append(error)
         finally:
@@ -122,7 +129,7 @@ def _get(address: str, stall_s: float) -> bytes:
     while not done.is_set():
         moved.clear()
         if not done.is_set() and not moved.wait(stall_s):
-            raise TimeoutError(f"{address} stalled: nothing came for {stall_s:g} s")
+            raise TimeoutError(f"{address} stalled: {sum(map(len, parts))} bytes came, next to none in the last {stall_s:g} s")
     if problems:
         raise problems[0]
     return b"".join(parts)
@@ -133,9 +140,10 @@ def _debian(catalogue_entry: Entry, out: Path, files: dict[str, str]) -> None:
         raise FileNotFoundError("this machine has no apt-get")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = ["apt-get", "-q", "download", catalogue_entry.debian_package]
+        patience = [f"Acquire::http::Timeout={STALL_S:.0f}", f"Acquire::https::Timeout={STALL_S:.0f}", "Acquire::Retries=0"]
+        apt = ["apt-get", "-q", *(word for option in patience for word in ("-o", option))]
         try:
-            _run(command, folder)
+            _run([*apt, "download", catalogue_entry.debian_package], folder)
         except OSError:
             # The machine's package lists may be missing or old; ours are private, so this needs no root and changes nothing.
             for part in ("lists/partial", "cache/archives/partial"):
@@ -143,8 +151,8 @@ def _debian(catalogue_entry: Entry, out: Path, files: dict[str, str]) -> None:
             private = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
             if os.geteuid() == 0:
                 private += ["-o", "APT::Sandbox::User=root"]
-            _run(["apt-get", "-q", *private, "update"], folder)
-            _run(["apt-get", "-q", *private, "download", catalogue_entry.debian_package], folder)
+            _run([*apt, *private, "update"], folder)
+            _run([*apt, *private, "download", catalogue_entry.debian_package], folder)
         package = next(folder.glob("*.deb"))
         _run(["dpkg-deb", "-x", str(package), "unpacked"], folder)
         _copy(folder / "unpacked" / catalogue_entry.debian_folder, out, files)

@@ -8,6 +8,7 @@ pixels.batch(rows, view=None)       # the plain centre view
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class Pixels:
 
     def _render(self, row: int, numbers: Sequence[int | None], out: np.ndarray[Any, Any]) -> None:
         try:
-            image = decode(self.index.read(row))
+            image = decode(self.index.read(row), max_pixels=sys.maxsize)  # `prepare` has applied `data.max_pixels`
         except ImageRejected as reason:
             raise DataError(
                 f"image {self.index.keys[row]} of {self.index.folder} cannot be decoded ({reason}); run the prepare stage"

@@ -73,9 +73,14 @@ def prepare(config: DataConfig, raw: Path, out: Path) -> Index:
     (unfinished / CARD).write_text(json.dumps(card, indent=2) + "\n")
     for path in unfinished.iterdir():
         sync(path)
-    shutil.rmtree(out, ignore_errors=True)
+    # Two renames, so that the folder under `out` is never a part of one.
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.replace(old)
     unfinished.replace(out)
     sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
     counts = ", ".join(f"{count} {name}" for name, count in card["images"].items())
     print(f"prepare: {counts}; {len(rejected)} rejected, {len(drawn.dropped)} dropped")
     return Index.load(out)
@@ -131,7 +136,7 @@ def _refuse_too_many(source: Source, rejected: dict[int, Inspected], limit: floa
         number, found = next(iter(rejected.items()))
         raise DataError(
             f"{len(rejected)} of {len(source.records)} files ({share:.1%}) cannot be used, more than data.max_rejected {limit:.1%}; "
-            f"the first: {source.records[number].source}: {found.reason}"
+            f"the first: {source.records[number].source}: {found.reason}; mend them, or raise the limit to see all in {REJECTED}"
         )
 
 
@@ -150,9 +155,7 @@ def _write_shards(source: Source, inspected: list[Inspected], drawn: Draw, folde
                 if shard is not None:
                     shard.close()
                 shard, shard_name = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT), name  # noqa: SIM115 (spans iterations)
-            key, data = f"{position:08d}", source.read(number)
-            if hashlib.sha256(data).hexdigest() != found.sha256:
-                raise DataError(f"{record.source} changed while it was being prepared; run the stage again")
+            key, data = f"{position:08d}", _read_again(source, number, found)
             label = record.label if split != "unlabelled" else None
             offset = _add(shard, f"{key}.{found.extension}", data)
             if label is not None:
@@ -175,6 +178,16 @@ def _write_shards(source: Source, inspected: list[Inspected], drawn: Draw, folde
     finally:
         if shard is not None:
             shard.close()
+
+
+def _read_again(source: Source, number: int, found: Inspected) -> bytes:
+    try:
+        data = source.read(number)
+    except OSError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != found.sha256:
+        raise DataError(f"{source.records[number].source} changed while it was being prepared; run the stage again")
+    return data
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,7 +82,7 @@ class Folder:
 
     def __init__(self, config: DataConfig, raw: Path) -> None:
         self._root = Path(str(config.source))
-        rows = _read_csv(raw / LISTING, tuple(field.name for field in fields(Record)))
+        rows = [row for _, row in _read_csv(raw / LISTING, tuple(field.name for field in fields(Record)))]
         names = class_names(config, sorted({row["label"] for row in rows if row["label"]}))
         if len(names) < 2:
             raise DataError(
@@ -109,25 +110,12 @@ def write_listing(config: DataConfig, raw: Path) -> None:
     root = Path(str(config.source))
     if not root.is_dir():
         raise DataError(f"data.source is {str(root)!r}; expected a folder of images")
-    listed = [(pool, name) for pool, name in (("val", config.val), ("test", config.test)) if name is not None]
-    rows = [{"source": row["path"], "pool": pool, "label": row["label"]} for pool, name in listed for row in _user_csv(root, name, "label")]
-    for row in rows:
-        if not row["label"]:
-            raise DataError(f"{row['source']} in the {row['pool']} list has no label")
-    if config.captions is not None:
-        rows += [
-            {"source": row["path"], "pool": "captions", "caption": row["caption"]} for row in _user_csv(root, config.captions, "caption")
-        ]
+    rows: list[dict[str, str]] = []
+    for pool, name, column in (("val", config.val, "label"), ("test", config.test, "label"), ("captions", config.captions, "caption")):
+        if name is not None:
+            rows += [{**row, "pool": pool} for row in _user_csv(root, name, column, may_be_empty=False)]
     taken = {row["source"] for row in rows}
-    if config.labels is not None:
-        train = [{"source": row["path"], "label": row["label"]} for row in _user_csv(root, config.labels, "label")]
-    else:
-        train = [
-            {"source": path.relative_to(root).as_posix(), "label": "" if folder.name == UNLABELLED_FOLDER else folder.name}
-            for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and path.is_file()
-        ]
+    train = _class_folders(root, config.class_names) if config.labels is None else _user_csv(root, config.labels, "label")
     rows += [{**row, "pool": "train"} for row in train if row["source"] not in taken]
     if not rows:
         raise DataError(f"{root}: no images found; expected {root}/<class>/*.jpg, or data.labels, a CSV of path,label")
@@ -138,27 +126,82 @@ def write_listing(config: DataConfig, raw: Path) -> None:
     write_atomically(raw / LISTING, buffer.getvalue())
 
 
-def _user_csv(root: Path, name: str, column: str) -> Iterable[dict[str, str]]:
+def _class_folders(root: Path, class_names: list[str] | None) -> Iterable[dict[str, str]]:
+    """source and label of every image below root/<class> and root/unlabelled; hidden files and folders are passed over."""
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"):
+        if folder.name != UNLABELLED_FOLDER and folder.name.lower() in ("unlabelled", "unlabeled"):
+            raise DataError(f"{folder} would be a class of its own; call the folder of unlabelled images {UNLABELLED_FOLDER!r}")
+        images = sorted(_images_below(folder))
+        if not images and folder.name != UNLABELLED_FOLDER and (class_names is None or folder.name in class_names):
+            raise DataError(
+                f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); add some, remove it, or name the classes in data.class_names"
+            )
+        for path in images:
+            yield {"source": path.relative_to(root).as_posix(), "label": "" if folder.name == UNLABELLED_FOLDER else folder.name}
+
+
+def _images_below(folder: Path) -> Iterable[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        for file in files:
+            path = Path(name, file)
+            # A link to nowhere is listed, so that `prepare` rejects it by name.
+            if path.suffix.lower() in SUFFIXES and not file.startswith(".") and (path.is_file() or path.is_symlink()):
+                try:
+                    str(path).encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{str(path)!r}: the name is not UTF-8; rename it") from error
+                yield path
+
+
+def _user_csv(root: Path, name: str, column: str, may_be_empty: bool = True) -> Iterable[dict[str, str]]:
+    """source and `column` of every row of a user's CSV; raises `DataError` that names the file and the row."""
     path = root / name
     seen: dict[str, int] = {}
-    for number, row in enumerate(_read_csv(path, ("path", column)), start=2):
-        if not row["path"]:
+    for number, row in _read_csv(path, ("path", column)):
+        source, value = row["path"].strip(), row[column].strip()
+        if not source:
             raise DataError(f"{path}, row {number}: the path is empty")
-        if row["path"] in seen:
-            raise DataError(f"{path}, row {number}: {row['path']} is already in row {seen[row['path']]}")
-        if not (root / row["path"]).is_file():
-            raise DataError(f"{path}, row {number}: no file {root / row['path']}")
-        seen[row["path"]] = number
-        yield row
+        if not _is_file(root / source):
+            source = source.replace("\\", "/")  # written on Windows
+        if not _is_file(root / source):
+            raise DataError(f"{path}, row {number}: no file {root / source}")
+        source = PurePosixPath(source).as_posix()  # ./a.jpg is a.jpg
+        if source in seen:
+            raise DataError(f"{path}, row {number}: {source} is already in row {seen[source]}")
+        if not value and not may_be_empty:
+            raise DataError(f"{path}, row {number}: {source} has no {column}")
+        seen[source] = number
+        yield {"source": source, column: value}
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterable[tuple[int, dict[str, str]]]:
+    """(row number as a spreadsheet counts, the named columns) of every row that is not blank."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or [])
-            if missing:
-                raise DataError(f"{path}, row 1: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
-            return [{column: (row[column] or "").strip() for column in columns} for row in reader]
+            reader = csv.reader(file, strict=True)
+            try:
+                header = [name.strip() for name in next(reader, [])]
+                missing = [column for column in columns if column not in header]
+                if missing:
+                    raise DataError(f"{path}, row 1: no column {', '.join(missing)}; expected {','.join(columns)}")
+                for cells in reader:
+                    if len(cells) > len(header):
+                        raise DataError(f'{path}, row {reader.line_num}: more fields than columns; put text with a comma in "quotes"')
+                    if cells:
+                        row = dict(zip(header, cells, strict=False))
+                        yield reader.line_num, {column: row.get(column, "") for column in columns}
+            except csv.Error as error:
+                raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -32,8 +32,9 @@ class Draw:
 def draw(records: list[Record], sha256: dict[int, str], classes: list[str], config: SplitsConfig, on_leak: str) -> Draw:
     """Divide records into splits.
 
-    The splits are filled in the order test, val, labelled, captions, unlabelled; an image whose bytes an earlier split holds is a leak:
-    with `on_leak="drop"` the later copy (the training side) is left out and, where the split is drawn, another image takes its place.
+    The splits are filled in the order test, val (those with a list of their own before those that are drawn), labelled, captions,
+    unlabelled; an image whose bytes an earlier split holds is a leak: with `on_leak="drop"` the later copy (the training side) is left
+    out and, where the split is drawn, another image takes its place.
 
     Args:
         records: all records of the source.
@@ -83,31 +84,33 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
                 groups[label].append(number)
         return groups
 
-    def take_balanced(split: str, each: int, key: str) -> None:
-        for label, candidates in by_class().items():
+    def share(total: int) -> list[int]:
+        return [total // len(classes) + (label < total % len(classes)) for label in range(len(classes))]
+
+    def take_balanced(split: str, sizes: list[int], key: str) -> None:
+        for (label, candidates), each in zip(by_class().items(), sizes, strict=True):
             if (taken := take(split, candidates, each)) < each:
                 raise DataError(f"class {classes[label]!r} has {taken} labelled images left for {split}; {key} asks for {each}")
 
+    for split in ("test", "val"):
+        take(split, pools[split], None)
     for split, each in (("test", config.test_per_class), ("val", config.val_per_class)):
-        if pools[split]:
-            take(split, pools[split], None)
-        else:
-            take_balanced(split, each, f"data.splits.{split}_per_class")
+        if not pools[split]:
+            take_balanced(split, [each] * len(classes), f"data.splits.{split}_per_class")
     if config.shots is not None:
-        take_balanced("labelled", config.shots, "data.splits.shots")
+        take_balanced("labelled", [config.shots] * len(classes), "data.splits.shots")
     else:
-        share = config.labelled_fraction
+        fraction = config.labelled_fraction
         for label, candidates in by_class().items():
-            if take("labelled", candidates, None if share is None else max(1, round(share * len(candidates)))) == 0:
+            if take("labelled", candidates, None if fraction is None else max(1, round(fraction * len(candidates)))) == 0:
                 raise DataError(
                     f"class {classes[label]!r} has no labelled image left for training; give it more, or lower data.splits.val_per_class"
                 )
     take("captions", pools["captions"], None)
-    if config.captions:
-        take_balanced("captions", config.captions // len(classes), "data.splits.captions (shared equally by the classes)")
+    take_balanced("captions", share(config.captions), f"data.splits.captions {config.captions}, shared equally by the classes,")
     if config.unlabelled is not None and all(records[number].label is not None for number in free):
-        for rest, (_, candidates) in enumerate(by_class().items()):
-            take("unlabelled", candidates, config.unlabelled // len(classes) + (rest < config.unlabelled % len(classes)))
+        for candidates, size in zip(by_class().values(), share(config.unlabelled), strict=True):
+            take("unlabelled", candidates, size)
     else:
         take("unlabelled", list(free), config.unlabelled)
     if not any(split == "unlabelled" for split in result.split.values()):

@@ -1,0 +1,79 @@
+"""DHO against its baselines on the same data, store, schedule and seeds: `python benchmarks/compare_methods.py --seeds 3`
+
+Trains `ce`, `ce_kd` and `dho` once a seed with the parameters of params.yaml (everything but `train.method` and `train.seed` is the same),
+chooses alpha and beta on val, and prints the mean and standard deviation over the seeds of top-1 on test. Needs the data of `make repro`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dho.cli import PREPARED, STORE
+from dho.config import load
+from dho.data.index import Index
+from dho.distributed import process_group
+from dho.evaluation import measure, sources
+from dho.head_outputs import HeadOutputs
+from dho.interpolation import search
+from dho.teacher.store import TeacherStore
+from dho.trainer import train
+
+METHODS = ("ce", "ce_kd", "dho")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="methods to train")
+    arguments = parser.parse_args()
+    config = load()
+    index = Index.load(PREPARED)
+    store = TeacherStore.open(STORE, index, config)
+    top1: dict[str, list[float]] = {}
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            start = time.perf_counter()
+            changed = dataclasses.replace(
+                config,
+                train=dataclasses.replace(config.train, method=method, seed=seed),
+                tracking=dataclasses.replace(config.tracking, experiment=f"{config.tracking.experiment}-compare"),
+            )
+            with tempfile.TemporaryDirectory() as folder, process_group() as process:
+                if not train(changed, PREPARED, STORE, Path(folder), Path("checkpoints"), process):
+                    raise SystemExit("stopped; run again to go on")
+                val, test = (HeadOutputs.load(Path(folder) / "head_outputs" / f"{split}.npz") for split in ("val", "test"))
+            best, _ = search(val, config.evaluate)
+            scores = {name: 100 * measure(answers, test.labels)["top1"] for name, answers in sources(test, best.alpha, best.beta).items()}
+            for name, value in scores.items():
+                label = f"dho {name}" if method == "dho" else f"{method} student"
+                if method == "dho" or name == "combined":
+                    top1.setdefault(label, []).append(value)
+            seconds = time.perf_counter() - start
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            print(f"seed {seed} {method}: {shown} (alpha {best.alpha:g}, beta {best.beta:g}; {seconds:.0f} s)", flush=True)
+
+    rows = index.rows("test")
+    teacher = store.logits(store.embeddings(rows, part_name="eval"))
+    table = Table("test top-1, %", "mean", "std", "seeds")
+    table.add_row("teacher, zero-shot", f"{100 * float((teacher.argmax(1) == index.labels[rows]).mean()):.2f}", "", "")
+    for label, values in top1.items():
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        table.add_row(label, f"{statistics.mean(values):.2f}", spread, " ".join(f"{value:.2f}" for value in values))
+    Console().print(table)
+    if {"dho combined", "ce_kd student"} <= set(top1):
+        gains = [ours - theirs for ours, theirs in zip(top1["dho combined"], top1["ce_kd student"], strict=True)]
+        print(
+            f"dho combined - ce_kd student: {statistics.mean(gains):+.2f} points on average ({' '.join(f'{gain:+.2f}' for gain in gains)})"
+        )
+
+
+if __name__ == "__main__":
+    main()
