@@ -392,5 +392,5 @@ def _check_together(config: Config, where: str) -> None:
         if config.data.name != "folder" and key != "source" and value is not None:
             raise refuse(f"data.{key}", value, f"null while data.name is {config.data.name}")
     for name, others in config.pretrain.confusions.items():
-        if sum(others.values()) > 1:
-            raise refuse(f"pretrain.confusions.{name}", others, "rates that add up to at most 1")
+        if min(others.values(), default=0) < 0 or sum(others.values()) > 1:
+            raise refuse(f"pretrain.confusions.{name}", others, "rates >= 0 that add up to at most 1")

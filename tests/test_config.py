@@ -58,17 +58,12 @@ def test_an_unknown_key_is_named_with_the_keys_that_are_allowed_there(tree: Any,
         ({"data": {"class_names": "cat"}}, "data.class_names is 'cat'; expected a list or null"),
         ({"data": {"class_names": ["cat", 9]}}, "data.class_names[1] is 9; expected text"),
         ({"student": {"model_args": []}}, "student.model_args is []; expected a mapping"),
-        (
-            {"pretrain": {"confusions": {"a": {"b": "often"}}}},
-            "pretrain.confusions.a is {'b': 'often'}",
-        ),
+        ({"pretrain": {"confusions": {"a": {"b": "often"}}}}, "pretrain.confusions.a.b is 'often'; expected a number"),
         ({"pretrain": {"confusions": {1: {}}}}, "pretrain.confusions is {1: {}}; expected a mapping with text as keys"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(tree: Any, line: str) -> None:
-    assert line.split("; ")[0] in complaint(tree)
-    if "confusions.a" not in line:
-        assert complaint(tree).startswith(f"params.yaml: {line}")
+    assert complaint(tree).startswith(f"params.yaml: {line}")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +104,7 @@ def test_a_value_out_of_range_is_refused(tree: Any, line: str) -> None:
         ({"data": {"name": "folder"}}, "data.source is None; expected the folder of images"),
         ({"data": {"val": "val.csv"}}, "data.val is 'val.csv'; expected null while data.name is fashion_mnist"),
         ({"pretrain": {"confusions": {"a": {"b": 0.7, "c": 0.7}}}}, "pretrain.confusions.a is {'b': 0.7, 'c': 0.7}; expected rates"),
+        ({"pretrain": {"confusions": {"a": {"b": -0.1}}}}, "pretrain.confusions.a is {'b': -0.1}; expected rates"),
     ],
 )
 def test_rules_between_settings_are_checked(tree: Any, line: str) -> None:
@@ -157,7 +153,7 @@ def test_the_repositorys_params_yaml_loads_and_survives_a_round_trip() -> None:
 
 def test_every_setting_has_a_sentence() -> None:
     for section in sections():
-        assert section.__doc__ and "(" + section.__name__ not in section.__doc__
+        assert section.__doc__ and not section.__doc__.startswith(section.__name__)  # what a dataclass gets without one
         for field in dataclasses.fields(section):
             if not dataclasses.is_dataclass(typing.get_type_hints(section)[field.name]):
                 assert field.metadata.get("doc", "").endswith((".", ")")), f"{section.__name__}.{field.name}"

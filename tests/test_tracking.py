@@ -21,10 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from dho import tracking
+from dho import mlflow_server, tracking
 from dho.config import TrackingConfig
 from dho.errors import TrackingError
 from dho.files import sha256_file
+from dho.mlflow_server import tracking_uri
+from dho.provenance import source_tags
 from dho.tracking import Tracker
 
 
@@ -130,7 +132,7 @@ def test_server_down_at_the_start_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_server_that_never_answers_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "REQUEST_S", 2)
+    monkeypatch.setattr(mlflow_server, "REQUEST_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TrackingError) as error:
         Tracker.open(TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path)
     assert "timed out" in one_line(error)
@@ -160,9 +162,9 @@ def test_unusable_database_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_environment_wins_over_params(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.tracking_uri(TrackingConfig(uri="sqlite:///here.db")) == "sqlite:///here.db"
+    assert tracking_uri(TrackingConfig(uri="sqlite:///here.db")) == "sqlite:///here.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    assert tracking.tracking_uri(TrackingConfig(uri="sqlite:///here.db")) == "http://elsewhere:5000"
+    assert tracking_uri(TrackingConfig(uri="sqlite:///here.db")) == "http://elsewhere:5000"
 
 
 def test_sqlite_keeps_artifacts_beside_the_database(tmp_path: Path) -> None:
@@ -182,21 +184,21 @@ def test_sqlite_keeps_artifacts_beside_the_database(tmp_path: Path) -> None:
 
 def test_sources_are_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert "mlflow.source.git.commit" not in tracking.source_tags(tmp_path) and "no git commit" in caplog.text
+    assert "mlflow.source.git.commit" not in source_tags(tmp_path) and "no git commit" in caplog.text
     monkeypatch.setenv("GIT_COMMIT", "abc")
-    tags = tracking.source_tags(tmp_path)
+    tags = source_tags(tmp_path)
     assert tags["mlflow.source.git.commit"] == "abc" and "git.dirty" not in tags
 
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     (tmp_path / "dvc.lock").write_text("stages: {}\n")
-    tags = tracking.source_tags(tmp_path)
+    tags = source_tags(tmp_path)
     assert len(tags["mlflow.source.git.commit"]) == 40 and tags["git.dirty"] == "false"
     assert tags["dvc.lock.sha256"] == sha256_file(tmp_path / "dvc.lock")
     assert tags["hardware"] and tags["version.torch"] and tags["version.dho"]
     (tmp_path / "new.py").touch()
-    assert tracking.source_tags(tmp_path)["git.dirty"] == "true"
+    assert source_tags(tmp_path)["git.dirty"] == "true"
 
 
 def test_telemetry_is_off() -> None:
