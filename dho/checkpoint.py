@@ -38,6 +38,9 @@ class State:
     run_id: str = ""
     """MLflow run, the same however often the training is restarted."""
     world_size: int = 1
+    interval: dict[str, float] = field(default_factory=dict)
+    """Sums of losses (mean over ranks) since the last logged step, so that a mean over an interval survives a restart."""
+    interval_steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row an epoch: losses and val metrics."""
 

@@ -107,7 +107,7 @@ class Trainer:
     def loop(self, tracker: Tracker | None) -> bool:
         """The steps from `state.step` to the last; True when all are done, False when stopped by a signal."""
         train, state, steps = self.config.train, self.state, self.streams.steps
-        meter = _Meter(self.process)
+        meter = _Meter(self.process, state)
         with bar(self.process.is_main) as shown:
             line = shown.add_task(f"train {train.method}", total=steps, completed=state.step, note="")
             for step, batch in meter.timed(self.streams.from_step(state.step)):
@@ -123,11 +123,12 @@ class Trainer:
                     shown.update(line, note=f"loss {metrics['train/loss/total']:.3f}")
                 if ends_epoch:
                     self._end_epoch(tracker)
-                if self.stop.agreed():
+                stop = self.stop.agreed()
+                if stop or state.step % train.checkpoint_every == 0:
+                    meter.save(state)
                     self._checkpoint()
+                if stop:
                     return state.step == steps
-                if state.step % train.checkpoint_every == 0:
-                    self._checkpoint()
         return True
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -272,13 +273,20 @@ class Trainer:
 class _Meter:
     """Sums of losses on the device, and where the time goes; the device is waited for only in `read`."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, state: State) -> None:
         self.process = process
         self._reset()
+        self.sums = {name: torch.tensor(value, device=process.device) for name, value in state.interval.items()}
+        self.steps = state.interval_steps
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps, self.images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def save(self, state: State) -> None:
+        """Put the sums of an interval that is not over into the state; every rank must call."""
+        sums = mean_over_ranks(torch.stack(list(self.sums.values())), self.process).tolist() if self.sums else []
+        state.interval, state.interval_steps = dict(zip(self.sums, sums, strict=True)), self.steps
 
     def timed(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Pass batches on and count the seconds spent waiting for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from conftest import Tiny
@@ -31,7 +33,7 @@ def workplace(tiny: Tiny, folder: Path, **train: Any) -> Path:
     (folder / "data" / "prepared").symlink_to(tiny.prepared)
     (folder / "data" / "teacher").symlink_to(tiny.store_folder)
     tree = copy.deepcopy(tiny.tree)
-    tree["train"] |= {"epochs": 5, **train}
+    tree["train"] |= {"epochs": 15, **train}
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     return folder
 
@@ -69,6 +71,15 @@ def checkpoint_after(folder: Path, process: subprocess.Popen[str], step: int) ->
     raise AssertionError("no checkpoint in time")
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """What a lost machine does: torchrun, trainers and loader workers are gone at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate(timeout=PATIENCE_S)
+
+
 def newest(folder: Path) -> Path:
     return max(folder.glob("checkpoints/*/step-*"), key=lambda path: path.name)
 
@@ -89,7 +100,7 @@ def pair(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.Te
     broken = workplace(tiny, tmp_path_factory.mktemp("broken") / "b")
     first = start(broken, processes)
     checkpoint_after(broken, first, 4)
-    os.killpg(first.pid, signal.SIGTERM)  # the whole group, loader workers too, as a terminal or a pod's end does
+    first.send_signal(signal.SIGTERM)  # torchrun passes it to the trainers' groups, loader workers too
     output, _ = first.communicate(timeout=PATIENCE_S)
     assert first.returncode != 0, "a training that did not finish must not say it did"
     assert newest(broken).name > "step-00000004", output
@@ -97,8 +108,7 @@ def pair(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.Te
 
     second = start(broken, processes)
     checkpoint_after(broken, second, int(newest(broken).name.removeprefix("step-")) + 8)
-    os.killpg(second.pid, signal.SIGKILL)
-    second.communicate(timeout=PATIENCE_S)
+    kill_all(second)
 
     damaged = newest(broken) / "model.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -127,7 +137,7 @@ def test_a_checkpoint_that_fails_its_manifest_is_skipped_with_a_warning(pair: tu
 
 
 def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(pair: tuple[int, Path, Path, str], tiny: Tiny) -> None:
-    _, whole, broken, _ = pair
+    processes, whole, broken, _ = pair
     client = MlflowClient(tiny.tree["tracking"]["uri"])
     histories = []
     for folder in (whole, broken):
@@ -140,7 +150,9 @@ def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(pair: tupl
         histories.append({name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names})
     whole_history, broken_history = histories
     assert all(count == 1 for name in broken_history for count in Counter(step for step, _ in broken_history[name]).values())
-    assert {name: sorted(values) for name, values in broken_history.items()} == {name: sorted(v) for name, v in whole_history.items()}
+    assert set(broken_history) == set(whole_history)
+    for name, values in whole_history.items():
+        np.testing.assert_allclose(sorted(broken_history[name]), sorted(values), rtol=1e-5 if processes > 1 else 0, err_msg=name)
     experiment = client.get_experiment_by_name("tests")
     run_ids = [load_student(folder / "outputs/train/student")[1].run_id for folder in (whole, broken)]
     with_these = client.search_runs([experiment.experiment_id])
@@ -187,8 +199,7 @@ def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoi
     folder = workplace(tiny, tmp_path / "w")
     first = start(folder, 1)
     checkpoint_after(folder, first, 4)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate(timeout=PATIENCE_S)
+    kill_all(first)
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     tree["train"] |= {"eta": 3.0, "epochs": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
