@@ -273,6 +273,8 @@ class Trainer:
 class _Meter:
     """Sums of losses on the device, and where the time goes; the device is waited for only in `read`."""
 
+    sums: dict[str, Tensor]
+
     def __init__(self, process: Process, state: State) -> None:
         self.process = process
         self._reset()
@@ -280,7 +282,7 @@ class _Meter:
         self.steps = state.interval_steps
 
     def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums = {}
         self.steps, self.images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
     def save(self, state: State) -> None:
