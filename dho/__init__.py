@@ -1,3 +1,8 @@
 """Dual-Head Optimization (arXiv 2505.07675): few labels, many unlabelled images, a large teacher, a small fast student."""
 
 __version__ = "0.1.0"
+
+import os
+
+# Read when mlflow is first imported, wherever that is: nothing about a user's runs leaves for anyone but the user's own server.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

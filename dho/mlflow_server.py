@@ -8,8 +8,10 @@ with one_line(tracking_uri(config.tracking), "cannot list the models"):
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,8 @@ from dho.errors import TrackingError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Read when mlflow is first imported, which is why mlflow is imported inside functions only (that also takes seconds).
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if not sys.stderr.isatty():
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 REQUEST_S = 10
 """Longest wait for one answer, seconds."""
@@ -42,6 +44,9 @@ def connect(config: TrackingConfig) -> MlflowClient:
     import sqlalchemy
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
+    # What it tells of its own housekeeping (creating tables, resolving pip) is no news to our users.
+    for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.utils.environment", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     uri = tracking_uri(config)
     with one_line(uri, "does not answer", "start it, or set MLFLOW_TRACKING_URI or tracking.uri to one that runs"):
         # Asked here first because MLflow itself would retry for minutes.

@@ -15,16 +15,12 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-# Read when mlflow is first imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 import numpy as np

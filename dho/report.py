@@ -85,6 +85,7 @@ def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, 
         }
         tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=card.steps)
         tracker.log_artifacts(out, "evaluate")
+        tracker.log_artifacts(trained / "history.csv", "train")
     return metrics
 
 

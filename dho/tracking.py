@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-# Read when mlflow is first imported, which is why mlflow is imported inside functions only (that also takes seconds).
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 TICK_S = 0.5  # metrics wait this long for company before they are sent
 LONGEST_PAUSE_S = 30.0  # between attempts while the server is down
 BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = 1000, 6000, 36  # MLflow's limits: metrics in one request, characters, characters

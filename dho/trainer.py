@@ -100,7 +100,7 @@ class Trainer:
                 if tracker is not None:
                     tracker.close("KILLED")
                 return False
-            self._write_results(tracker)
+            self._write_results()
         self.checkpoints.remove()
         return True
 
@@ -187,7 +187,7 @@ class Trainer:
             train.channels_last,
         )
 
-    def _write_results(self, tracker: Tracker | None) -> None:
+    def _write_results(self) -> None:
         """Student, head outputs and history; the student's card last."""
         for split in ("val", "test"):
             outputs = self._head_outputs(split)
@@ -205,8 +205,6 @@ class Trainer:
                 fingerprints=self.fingerprints,
             )
             save_student(self.out / "student", self.student, card)
-            if tracker is not None:
-                tracker.log_artifacts(self.out / "history.csv", "train")
         barrier()
 
     def _resume(self) -> State:
