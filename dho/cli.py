@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 import typing
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,7 @@ from rich.table import Table
 from dho import __version__
 from dho.config import Config, load
 from dho.errors import DhoError
-
-RAW, PREPARED, PRETRAINED, STORE = Path("data/raw"), Path("data/prepared"), Path("data/pretrained"), Path("data/teacher")
-TRAINED, EVALUATED, REGISTERED = Path("outputs/train"), Path("outputs/evaluate"), Path("outputs/register.json")
-CHECKPOINTS = Path("checkpoints")
+from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
 
 app = typer.Typer(
     name="dho",
@@ -32,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+job = typer.Typer(help="What the pods of a PyTorchJob run; `dho launch` and k8s/ start these, people do not.", no_args_is_help=True)
+app.add_typer(job, name="job")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
 
@@ -99,7 +99,7 @@ def evaluate(params: Params = PARAMS) -> None:
     """Choose alpha and beta on val, measure both heads, their combination and the teacher, draw the plots."""
     from dho import report
 
-    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, CHECKPOINTS / "unsent")
+    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, UNSENT)
     _print_metrics(metrics)
 
 
@@ -145,6 +145,61 @@ def predict(
             print(f"{path}\t" + "\t".join(f"{label} {probability:.3f}" for label, probability in answer[:top]))
     if bad:
         raise typer.Exit(1)
+
+
+class Stage(StrEnum):
+    """Stages that also run on a cluster."""
+
+    teach = "teach"
+    train = "train"
+
+
+@app.command()
+def publish(
+    stage: Annotated[Stage, typer.Option("--for", help="The stage that pods are to run.")] = Stage.train,
+    pin: Annotated[Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/base/pytorchjob.yaml.")] = None,
+) -> None:
+    """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""
+    from dho.revision import pin_manifest
+    from dho.revision import publish as publish_revision
+
+    revision = publish_revision(Path(), stage.value)
+    if pin is not None:
+        pin_manifest(pin, revision)
+    print(revision)
+
+
+@job.command("pull")
+def job_pull(stage: Annotated[Stage, typer.Option("--for", help="The stage that will run.")] = Stage.train) -> None:
+    """Bring parameters and data of revision DHO_REVISION from the DVC remote DHO_REMOTE into this folder."""
+    from dho.revision import Remote, fetch
+
+    fetch(Remote.of_environment(), os.environ.get("DHO_REVISION", ""), Path(), stage.value)
+
+
+@job.command("train")
+def job_train(params: Params = PARAMS) -> None:
+    """Train under torchrun; rank 0 then evaluates, registers and pushes the results to the DVC remote."""
+    config = _in_torchrun(params, "job", "train")
+    from dho.distributed import process_group
+    from dho.job import train_in_pod
+    from dho.trainer import STOPPED
+
+    with process_group() as process:
+        finished = train_in_pod(config, process)
+    if not finished:
+        raise typer.Exit(STOPPED)
+
+
+@job.command("teach")
+def job_teach(params: Params = PARAMS) -> None:
+    """Write the teacher store under torchrun, each rank its shards; rank 0 then pushes it to the DVC remote."""
+    config = _in_torchrun(params, "job", "teach")
+    from dho.distributed import process_group
+    from dho.job import teach_in_pod
+
+    with process_group() as process:
+        teach_in_pod(config, process)
 
 
 @app.command()
