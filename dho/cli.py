@@ -253,10 +253,13 @@ def main(*arguments: str) -> None:
     Args:
         arguments: what to run instead of the command line's words (pipelines/).
     """
+    from dho.launch import under_torchrun
+
     try:
         app(list(arguments) or None)
     except DhoError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # In a pod RANK is the node's number until torchrun has started: only then do other ranks leave the word to rank 0.
+        if not under_torchrun() or os.environ["RANK"] == "0":
             print(f"dho: {error}", file=sys.stderr)
         sys.exit(1)
 
