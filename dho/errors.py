@@ -33,6 +33,10 @@ class CheckpointError(DhoError):
     """The disk for checkpoints cannot take one."""
 
 
+class ClusterError(DhoError):
+    """A job that Kubernetes could not run, or an API server that cannot be reached or refuses."""
+
+
 class RemoteError(DhoError):
     """The DVC remote (S3) cannot be reached, refuses, or does not hold what is asked for.
 
