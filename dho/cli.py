@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dho import __version__
-from dho.config import Config, load
+from dho.config import Config, KubernetesConfig, load
 from dho.errors import DhoError
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
 
@@ -73,6 +73,8 @@ def teach(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace a store that was made from something else.")] = False,
 ) -> None:
     """Run the teacher once over every (image, view) and write the teacher store."""
+    if _on_cluster(params, "teach", STORE):
+        return
     config = _in_torchrun(params, "teach", *(["--rebuild"] if rebuild else []))
     from dho.distributed import process_group
     from dho.teacher.teach import teach
@@ -84,6 +86,8 @@ def teach(
 @app.command()
 def train(params: Params = PARAMS) -> None:
     """Train the student on both streams; interrupted, it goes on where it stopped."""
+    if _on_cluster(params, "train", TRAINED):
+        return
     config = _in_torchrun(params, "train")
     from dho.distributed import process_group
     from dho.trainer import STOPPED, train
@@ -169,6 +173,99 @@ def publish(
     print(revision)
 
 
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace of the jobs; default: launch.kubernetes.namespace.")]
+
+
+@app.command()
+def launch(
+    params: Params = PARAMS,
+    stage: Annotated[Stage, typer.Option(help="What the job runs.")] = Stage.train,
+    nodes: Annotated[int | None, typer.Option(help="Pods, each on a node of its own where there are enough.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs, and processes, a node; without it: CPUs, one process a node.")] = None,
+    elastic: Annotated[str | None, typer.Option(help="MIN:MAX nodes with which training goes on.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Kueue's LocalQueue.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image of the pods.")] = None,
+    namespace: Namespace = None,
+    name: Annotated[str | None, typer.Option(help="Of the job; default: dho-STAGE-REVISION.")] = None,
+    revision: Annotated[str | None, typer.Option(help="As `dho publish` printed it; default: publish this folder now.")] = None,
+    start_timeout: Annotated[float, typer.Option(help="Seconds in which the job must start.", min=1)] = 600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifests and send nothing.")] = False,
+) -> None:
+    """Run a stage as a PyTorchJob on Kubernetes and follow it; options win over launch.kubernetes in params.yaml.
+
+    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C; then it goes on.
+    """
+    from dho.cluster.launcher import launch_of, prepare, published
+    from dho.cluster.manifest import to_yaml
+
+    settings = _kubernetes(params)
+    given: dict[str, Any] = {"nodes": nodes, "gpus": gpus, "elastic": elastic, "queue": queue, "image": image, "namespace": namespace}
+    settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
+    wanted = dataclasses.replace(launch_of(settings, stage.value), name=name, revision=revision)
+    documents = prepare(wanted)
+    if dry_run:
+        print(to_yaml(documents), end="")
+        return
+    from dho.cluster.api import connect
+    from dho.cluster.follow import follow
+
+    cluster = connect(settings.namespace)
+    wanted = published(wanted, Path())
+    cluster.submit(prepare(wanted))
+    print(f"launch: {wanted.name} in namespace {settings.namespace}, revision {wanted.revision}", flush=True)
+    raise typer.Exit(follow(cluster, str(wanted.name), start_timeout))
+
+
+@app.command()
+def jobs(params: Params = PARAMS, namespace: Namespace = None) -> None:
+    """List the jobs of this project on the cluster."""
+    from dho.cluster.api import phase, replicas
+
+    table = Table("job", "phase", "nodes", "since")
+    for found in _cluster(params, namespace).jobs():
+        metadata = found["metadata"]
+        table.add_row(metadata["name"], phase(found), str(replicas(found)), metadata["creationTimestamp"])
+    Console().print(table)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="Of the job.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, as `dho launch` does.")] = False,
+    pod: Annotated[str | None, typer.Option(help="master-0, worker-3, ...; default: the one with rank 0.")] = None,
+    params: Params = PARAMS,
+    namespace: Namespace = None,
+) -> None:
+    """Print the log of a job's rank 0."""
+    from dho.cluster.api import rank_zero
+    from dho.cluster.follow import follow as follow_job
+
+    cluster = _cluster(params, namespace)
+    if (found := cluster.job(name)) is None:
+        raise cluster.no_job(name)
+    if follow:
+        raise typer.Exit(follow_job(cluster, name))
+    print(cluster.log(f"{name}-{pod}" if pod else rank_zero(found)), end="")
+
+
+@app.command()
+def stop(name: Annotated[str, typer.Argument(help="Of the job.")], params: Params = PARAMS, namespace: Namespace = None) -> None:
+    """Delete a job; its pods write a checkpoint first, and the same job launched again goes on from there."""
+    _cluster(params, namespace).delete(name)
+    print(f"stop: {name} is being deleted; its checkpoints stay")
+
+
+def _cluster(params: Path, namespace: str | None) -> Any:
+    from dho.cluster.api import connect
+
+    return connect(namespace or _kubernetes(params).namespace)
+
+
+def _kubernetes(params: Path) -> KubernetesConfig:
+    """`launch.kubernetes`; its defaults in a folder without params.yaml, where jobs can be looked at as well."""
+    return load(params).launch.kubernetes if params.exists() or params != PARAMS else KubernetesConfig()
+
+
 @job.command("pull")
 def job_pull(stage: Annotated[Stage, typer.Option("--for", help="The stage that will run.")] = Stage.train) -> None:
     """Bring parameters and data of revision DHO_REVISION from the DVC remote DHO_REMOTE into this folder."""
@@ -226,6 +323,18 @@ def _settings(cls: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
 def _short(value: Any) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) < 40 else text[:36] + " ..."
+
+
+def _on_cluster(params: Path, stage: str, out: Path) -> bool:
+    """Whether params.yaml sends a stage to a cluster; it has then run there, and its outputs are in `out`."""
+    config = load(params)
+    if config.launch.target != "kubernetes":
+        return False
+    from dho.cluster.launcher import run_stage
+    from dho.revision import collect
+
+    collect(Path(), run_stage(config, stage), stage, out)
+    return True
 
 
 def _in_torchrun(params: Path, *command: str) -> Config:

@@ -85,7 +85,7 @@ def _job(job: Document) -> Iterator[str]:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield f"the job's name is {name!r}; expected small letters, digits and -, the first a letter and the last no -"
     elif len(name) > LONGEST_NAME:
-        yield f"the job's name {name} has {len(name)} characters; expected at most {LONGEST_NAME}, as pods are called {name[:8]}...-worker-0"
+        yield f"the job's name {name} has {len(name)} characters; expected at most {LONGEST_NAME}, as pods add -worker-0 to it"
     policy, replicas = spec.get("runPolicy", {}), spec["pytorchReplicaSpecs"]
     for key, meaning in (
         ("cleanPodPolicy", "what becomes of pods that have ended"),
