@@ -65,6 +65,16 @@ def test_loader_processes_get_the_same_views(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
+def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
+    pixels, fresh = (Pixels(tiny.index, tiny.config.views, 16, "bilinear") for _ in range(2))
+    rows, views = [3, 1, 3], [0, 1, 1]
+    first = pixels.batch(rows, views, keep=True)
+    first_again = pixels.batch(rows, views, keep=True)
+    assert torch.equal(first, first_again) and torch.equal(first, fresh.batch(rows, views))
+    first.zero_()  # a batch is the caller's to change
+    assert torch.equal(pixels.batch(rows, views), first_again)
+
+
 def test_loader_processes_render_the_same_pixels(tiny: Tiny, workers: int) -> None:
     pixels = Pixels(tiny.index, tiny.config.views, 24, "bicubic")
     expected = pixels.batch(range(12), view=1)
