@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Tiny
 
 from dho.config import ViewsConfig
@@ -64,7 +65,6 @@ def test_loader_processes_get_the_same_views(workers: int) -> None:
     assert list(loader(boxes_of, 3, 11, workers)) == [boxes_of(number) for number in range(3, 11)]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
     pixels, fresh = (Pixels(tiny.index, tiny.config.views, 16, "bilinear") for _ in range(2))
     rows, views = [3, 1, 3], [0, 1, 1]
@@ -75,6 +75,7 @@ def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
     assert torch.equal(pixels.batch(rows, views), first_again)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_processes_render_the_same_pixels(tiny: Tiny, workers: int) -> None:
     pixels = Pixels(tiny.index, tiny.config.views, 24, "bicubic")
     expected = pixels.batch(range(12), view=1)
