@@ -98,10 +98,7 @@ def render(launch: Launch) -> list[Document]:
     Raises:
         ClusterError: a file of k8s/ is missing or cannot be read, or a patch does not fit the base.
     """
-    place = folder()
-    documents = [document for document in _load(place / "base/pytorchjob.yaml") if document is not None]
-    for overlay in launch.overlays():
-        documents = _overlaid(documents, place / "overlays" / overlay)
+    documents = kustomized(launch.overlays())
     job, environment = kind(documents, "PyTorchJob"), kind(documents, "ConfigMap")
     _size(job, launch)
     if launch.name is not None:
@@ -116,6 +113,15 @@ def render(launch: Launch) -> list[Document]:
         environment["data"]["DHO_REVISION"] = launch.revision
     if launch.remote is not None:
         environment["data"]["DHO_REMOTE"] = launch.remote
+    return documents
+
+
+def kustomized(overlays: list[str]) -> list[Document]:
+    """The documents of k8s/base with the patches of overlays upon them, as `kubectl kustomize` gives them for each overlay alone."""
+    place = folder()
+    documents: list[Document] = _load(place / "base/pytorchjob.yaml")
+    for overlay in overlays:
+        documents = _overlaid(documents, place / "overlays" / overlay)
     return documents
 
 
