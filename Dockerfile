@@ -2,24 +2,26 @@
 #   make image        (docker, or buildah where there is no Docker)
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-FROM ${BASE} AS uv
 ARG UV_VERSION=0.13.9
-RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check "uv==${UV_VERSION}"
 
 # What the lock says, in a layer of its own: 6 GB that a change of code leaves alone. The final stage begins here and copies none of it,
 # because buildah copies first and asks its cache afterwards.
 FROM ${BASE} AS dependencies
+ARG UV_VERSION
 COPY requirements.txt /opt/dho/requirements.txt
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv venv --quiet --allow-existing --python /usr/local/bin/python /opt/dho \
-    && /opt/uv/bin/uv pip install --python /opt/dho/bin/python --link-mode copy --compile-bytecode --require-hashes \
-       --requirement /opt/dho/requirements.txt
+RUN python -m venv /tmp/uv \
+    && /tmp/uv/bin/pip install --no-cache-dir --disable-pip-version-check "uv==${UV_VERSION}" \
+    && /tmp/uv/bin/uv venv --quiet --no-cache --allow-existing --python /usr/local/bin/python /opt/dho \
+    && /tmp/uv/bin/uv pip install --no-cache --python /opt/dho/bin/python --compile-bytecode --require-hashes \
+       --requirement /opt/dho/requirements.txt \
+    && rm -rf /tmp/uv /root/.cache
 
 FROM dependencies AS package
+ARG UV_VERSION
+RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check "uv==${UV_VERSION}"
 WORKDIR /src
 COPY . .
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    /opt/uv/bin/uv pip install --no-cache --python /opt/dho/bin/python --prefix /opt/package --compile-bytecode --no-deps \
+RUN /opt/uv/bin/uv pip install --no-cache --python /opt/dho/bin/python --prefix /opt/package --compile-bytecode --no-deps \
        --build-constraints requirements-dev.txt .
 
 FROM dependencies

@@ -1,7 +1,7 @@
 # make repro: the whole workflow. make test: every check. Both need Python 3.11 or newer, git and make, and nothing else.
 SHELL := /bin/bash
 PYTHON ?= python3
-UV_VERSION := 0.13.9
+UV_VERSION := $(shell sed -n "s/^ARG UV_VERSION=//p" Dockerfile)
 RUN := source .venv/bin/activate &&
 
 .PHONY: repro test lint compare bench lock clean

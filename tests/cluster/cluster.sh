@@ -3,7 +3,7 @@
 #   cluster.sh test [PYTEST ARGUMENT...]   start it, run tests/cluster inside it, take it down again (one that runs already is used, and kept)
 #   cluster.sh up | down                   start it and keep it; take it down
 #   cluster.sh exec COMMAND...             run a command inside its network, with its DNS and KUBECONFIG
-#   cluster.sh image                       build the project's image only
+#   cluster.sh image | build               build the project's image only; build all that the cluster needs
 # With KUBECONFIG and DHO_TEST_CLUSTER=1 set, `cluster.sh test` runs the tests on that cluster instead and starts none.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")"); root=$(realpath "$here/../..")
@@ -54,7 +54,9 @@ build() {
 }
 
 up() {
-  build >"$cache/build.log" 2>&1 || { tail -n 30 "$cache/build.log" >&2; die "could not build what the cluster needs, see $cache/build.log"; }
+  echo "cluster.sh: building what is missing, log in $cache/build.log" >&2
+  # A program of its own: bash ignores `set -e` in a function that is part of a condition.
+  "$here/cluster.sh" build >"$cache/build.log" 2>&1 || { tail -n 30 "$cache/build.log" >&2; die "could not build what the cluster needs"; }
   "$here/down.sh" "$D"   # what an interrupted run left
   "$here/up.sh" "$D" "$programs" "$store" 2
   touch "$D/ready"
@@ -63,14 +65,17 @@ up() {
 mkdir -p "$cache"
 case ${1:-} in
   image) image ;;
+  build) build ;;
   up) running || up ;;
   down) "$here/down.sh" "$D" ;;
   exec) shift; running || die "no cluster is running: cluster.sh up"; inside "$@" ;;
   test)
     shift
+    named=""; for word in "$@"; do [ ! -e "${word%%::*}" ] || named=1; done
+    [ -n "$named" ] || set -- "$here" "$@"
     if [ "${DHO_TEST_CLUSTER:-}" = 1 ]; then
       [ -n "${KUBECONFIG:-}" ] || die "DHO_TEST_CLUSTER=1 needs KUBECONFIG"
-      exec python -m pytest "$here" -n 0 "$@"
+      exec python -m pytest -n 0 "$@"
     fi
     exec 9>"$cache/lock"; flock -n 9 || die "another cluster.sh test is running (lock $cache/lock)"
     if ! running; then
@@ -78,7 +83,7 @@ case ${1:-} in
       up 9>&-
     fi
     # Not exec: the trap has to run.
-    DHO_TEST_CLUSTER=1 inside python -m pytest "$here" -n 0 "$@" 9>&-
+    DHO_TEST_CLUSTER=1 inside python -m pytest -n 0 "$@" 9>&-
     ;;
-  *) sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

@@ -28,6 +28,8 @@ K
 )
 (cat /etc/hosts; echo "127.0.0.1 training-operator.kubeflow.svc") >"$D/hosts"
 printf 'nameserver 10.250.0.1\nsearch svc.cluster.local cluster.local\n' >"$D/resolv.conf"
+# Small, so that a test can fill it: the shared file system of namespace dho's checkpoints.
+mkdir -p "$D/volumes/dho-dho-checkpoints"; mount -t tmpfs -o size=512m dho-checkpoints "$D/volumes/dho-dho-checkpoints"
 cp "$here/../../k8s/platform/operator/initContainer.yaml" "$D"
 cat >"$D/Corefile" <<C
 .:53 {

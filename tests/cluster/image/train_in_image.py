@@ -1,4 +1,4 @@
-"""A whole workflow inside the image on drawn pictures, by its commands: data, teacher, 20 training steps, evaluation, a prediction. Run by test.sh."""
+"""A whole workflow inside the image (test.sh), by its commands: drawn pictures, teacher, 20 training steps, evaluation, a prediction."""
 
 import csv
 import subprocess
@@ -28,7 +28,8 @@ Path("params.yaml").write_text(yaml.safe_dump(parameters))
 for stage in ("fetch", "prepare", "pretrain", "teach", "train", "evaluate"):
     subprocess.run(["dho", stage], check=True)
 
-steps = int(list(csv.DictReader(Path("outputs/train/history.csv").open()))[-1]["step"])
+with Path("outputs/train/history.csv").open() as history:
+    steps = max(int(row["step"]) for row in csv.DictReader(history))
 assert steps >= 20, f"{steps} steps"
 answer = subprocess.run(["dho", "predict", "images/dark/000.png"], check=True, capture_output=True, text=True).stdout
 assert answer.startswith("images/dark/000.png\t"), answer
