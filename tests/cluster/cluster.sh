@@ -26,14 +26,18 @@ image() {
   # The commit is in the image as a label and for the record of its runs; it changes no layer.
   "$here/image/build.sh" "$root" "$DHO" --build-arg GIT_COMMIT="$(git -C "$root" rev-parse HEAD 2>/dev/null || true)" \
     --build-arg VERSION="$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")"
+  # buildah keeps the layers of earlier builds: with other dependencies, 7 GB that are of no use any more.
+  local lock; lock=$(cat "$root"/{Dockerfile,requirements.txt} | sha256sum)
+  if [ "$(cat "$cache/lock.sha256" 2>/dev/null)" != "$lock" ] && command -v buildah >/dev/null; then buildah rmi --prune >/dev/null || true; fi
+  echo "$lock" >"$cache/lock.sha256"
 }
 
 build() {
   local missing="" program
   [ "$(id -u)" = 0 ] || die "the nodes need root; or set KUBECONFIG and DHO_TEST_CLUSTER=1 to test on another cluster"
-  for program in go containerd runc ip iptables nsenter conntrack curl openssl; do command -v $program >/dev/null || missing+=" $program"; done
+  for program in go containerd runc ip iptables nft nsenter conntrack curl openssl; do command -v $program >/dev/null || missing+=" $program"; done
   [ -x /usr/lib/cni/bridge ] || missing+=" /usr/lib/cni/bridge"
-  [ -z "$missing" ] || die "missing:$missing. On Debian: apt-get install buildah podman runc containerd containernetworking-plugins iptables conntrack iproute2 debootstrap, and Go from https://go.dev/dl"
+  [ -z "$missing" ] || die "missing:$missing. On Debian: apt-get install buildah podman runc containerd containernetworking-plugins iptables nftables conntrack iproute2 debootstrap, and Go from https://go.dev/dl"
   mkdir -p "$cache"
   # Measured: programs 1 GB and Go's own caches 4 GB; the image 7 GB in buildah, and 7 GB in the store, for a moment twice.
   local need=5; [ -d "$programs" ] || need=$((need + 6)); [ -e "$store/ids/${DHO//[^a-zA-Z0-9.]/_}" ] || need=$((need + 24))

@@ -32,7 +32,7 @@ class Platform:
         self._make_secrets()
         for claim, size, user in (("data-postgres-0", "10Gi", 999), ("data-s3-0", "50Gi", 1000)):
             cluster.make_volume(NAMESPACE, claim, size, user)
-        cluster.kubectl("apply", "-k", str(ROOT / "k8s/platform"))
+        cluster.kubectl("apply", "-k", str(ROOT / "k8s/platform"), namespace=NAMESPACE)
         for workload in WORKLOADS.values():
             self._wait(workload)
         # What `dho` finds in a pod's environment, with addresses that hold here.

@@ -14,6 +14,7 @@ until_ok() { for _ in $(seq 240); do if "$@" >/dev/null 2>&1; then return; fi; s
 # One bridge carries all pods; 10.250.0.1 is the control plane and DNS, 10.250.0.1N the nodes, 10.250.N.0/24 their pods.
 ip netns add dho; inside ip link set lo up; inside ip link add pods type bridge; inside ip link set pods up
 inside ip addr add 10.250.0.1/16 dev pods; for i in $(seq "$N"); do inside ip addr add "10.250.0.1$i/16" dev pods; done
+inside ip route add 10.96.0.0/24 dev pods   # services, for what runs in this namespace itself; kube-proxy takes it from there
 inside sysctl -qw net.ipv4.ip_forward=1
 
 [ -f "$D/sa.key" ] || openssl genrsa -out "$D/sa.key" 2048 2>/dev/null
@@ -68,4 +69,7 @@ for f in ca.crt ca.key tls.crt tls.key; do secret $f >"$D/webhook-certs/$f"; don
 wait   # for the nodes
 until_ok inside curl -fs http://127.0.0.1:18081/readyz
 for i in $(seq "$N"); do until_ok kc wait --for=condition=Ready "node/node-$i" --timeout=60s; done
+for file in "$D"/*.pid "$D"/node-*/*.pid; do
+  [ -e "/proc/$(cat "$file")" ] || { echo "up.sh: $(basename "$file" .pid) ended: $(tail -n 3 "${file%.pid}.log")" >&2; exit 1; }
+done
 kc get nodes

@@ -21,6 +21,6 @@ index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$(sed -n 's/^index-url = //p' "$settin
 { echo 'native-tls = true'; [ -z "$index" ] || echo "index-url = \"$index\""; } >"$settings/uv/uv.toml"
 chmod -R a+rX "$settings"
 
-buildah bud --layers --pull=never --isolation=chroot --format=docker --tag "$tag" \
+buildah bud --layers --force-rm --pull=never --isolation=chroot --format=docker --tag "$tag" \
     --volume "${SSL_CERT_FILE:-$bundle}:$bundle:ro" \
     --volume "$settings/pip:/etc/xdg/pip:ro" --volume "$settings/uv:/etc/xdg/uv:ro" "$@" "$context"
