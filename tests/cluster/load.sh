@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Unpack container images, from Docker or buildah, into STORE, a containerd root that every node of the cluster starts with. Each layer is
-# unpacked once and then kept in that form only; an image that is already there costs nothing. Usage: load.sh STORE IMAGE...
+# unpacked once and then kept in that form only; an image that is already there costs nothing. NODES: sockets of running nodes that began
+# with the store and get what is new as well. Usage: [NODES='SOCKET...'] load.sh STORE IMAGE...
 set -euo pipefail
 S=$(realpath -m "$1"); shift; mkdir -p "$S"/{root,ids,layers}
 W=$(mktemp -d); socket=$W/containerd.sock
@@ -26,14 +27,14 @@ for image; do
   find "$S/layers" -type f -exec cat {} + | sort -u >"$W/have"
   rm -f "$S/ids/$name" "$S/layers/$name"
   if [ "$docker" ]; then
-    docker save "$image" | c images import - >/dev/null
+    for target in "$socket" ${NODES-}; do docker save "$image" | ctr -a "$target" -n k8s.io images import - >/dev/null; done
   else
     # podman exports no layer that its target has: where the store has it unpacked already, an empty file of its size stands in.
     rm -rf "$S/layout"; mkdir -p "$S/layout/blobs/sha256"
     while read -r layer size; do truncate -s "$size" "$S/layout/blobs/sha256/$layer"; done <"$W/have"
     podman --cgroup-manager=cgroupfs --events-backend=file save --quiet --format oci-dir --uncompressed --output "$S/layout" "$image"
     while read -r layer _; do rm "$S/layout/blobs/sha256/$layer"; done <"$W/have"
-    tar -C "$S/layout" -cf - . | c images import - >/dev/null
+    for target in "$socket" ${NODES-}; do tar -C "$S/layout" -cf - . | ctr -a "$target" -n k8s.io images import - >/dev/null; done
     rm -rf "$S/layout"
   fi
   manifest=$(c images ls "name==$image" | awk 'NR == 2 {print $3}')
