@@ -37,7 +37,7 @@ build() {
   [ "$(id -u)" = 0 ] || die "the nodes need root; or set KUBECONFIG and DHO_TEST_CLUSTER=1 to test on another cluster"
   for program in go containerd runc ip iptables nft nsenter conntrack curl openssl; do command -v $program >/dev/null || missing+=" $program"; done
   [ -x /usr/lib/cni/bridge ] || missing+=" /usr/lib/cni/bridge"
-  [ -z "$missing" ] || die "missing:$missing. On Debian: apt-get install buildah podman runc containerd containernetworking-plugins iptables nftables conntrack iproute2 debootstrap, and Go from https://go.dev/dl"
+  [ -z "$missing" ] || die "missing:$missing. On Debian: apt-get install buildah podman runc containerd containernetworking-plugins netavark iptables nftables conntrack iproute2 debootstrap, and Go from https://go.dev/dl"
   mkdir -p "$cache"
   # Measured: programs 1 GB and Go's own caches 4 GB; the image 7 GB in buildah, and 7 GB in the store, for a moment twice.
   local need=5; [ -d "$programs" ] || need=$((need + 6)); [ -e "$store/ids/${DHO//[^a-zA-Z0-9.]/_}" ] || need=$((need + 24))

@@ -15,50 +15,33 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from cluster import ROOT, USER, Cluster
 
-ROOT = Path(__file__).parents[2]
 REVISION = "a" * 64
 NOT_STARTED, INTERRUPTED = 4, 130
 START_S = 60
 QUOTA = {"kind": "ResourceQuota", "apiVersion": "v1", "metadata": {"name": "small"}, "spec": {"hard": {"pods": "1"}}}
 
 
-def kubectl(*arguments: str, given: str | None = None, check: bool = True) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=given, capture_output=True, text=True, timeout=200)
-    assert not check or done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @dataclass
 class Space:
     """A namespace of its own, under PodSecurity `restricted`."""
 
+    cluster: Cluster
     name: str
-    volume: Path
 
-    def apply(self, *documents: dict[str, Any]) -> None:
-        kubectl("-n", self.name, "apply", "-f", "-", given=yaml.safe_dump_all(documents))
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        return self.cluster.kubectl(*arguments, check=check, namespace=self.name)
 
     def secret(self) -> None:
-        """Credentials that no server knows; without a profile in them boto3 gives up at once."""
-        kubectl("-n", self.name, "create", "secret", "generic", "dho-s3", "--from-literal=credentials=[default]\n")
+        """Credentials that no server knows; without a key in them boto3 gives up at once."""
+        self.kubectl("create", "secret", "generic", "dho-s3", "--from-literal=credentials=[default]\n")
 
     def claim(self) -> None:
-        """A volume for `dho-checkpoints`, in a folder of this machine, which all nodes share."""
-        self.volume.mkdir(mode=0o777, parents=True, exist_ok=True)
-        self.volume.chmod(0o777)
-        spec = {
-            "capacity": {"storage": "10Gi"},
-            "accessModes": ["ReadWriteMany"],
-            "hostPath": {"path": str(self.volume)},
-            "claimRef": {"namespace": self.name, "name": "dho-checkpoints"},
-        }
-        self.apply({"kind": "PersistentVolume", "apiVersion": "v1", "metadata": {"name": self.name}, "spec": spec})
+        """A volume for the claim that comes with the job."""
+        self.cluster.make_volume(self.name, "dho-checkpoints", "10Gi", USER)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "dho", *arguments, "--namespace", self.name]
@@ -71,21 +54,20 @@ class Space:
 
 
 @contextlib.contextmanager
-def made(volume: Path) -> Iterator[Space]:
-    name = f"t-{secrets.token_hex(4)}"
-    kubectl("create", "namespace", name)
-    kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+def made(cluster: Cluster) -> Iterator[Space]:
+    space = Space(cluster, f"t-{secrets.token_hex(4)}")
+    cluster.make_namespace(space.name)
     try:
-        yield Space(name, volume)
+        yield space
     finally:
-        kubectl("-n", name, "delete", "pytorchjobs", "--all", "--wait=true", check=False)
-        kubectl("delete", "namespace", name, "--wait=false")
-        kubectl("delete", "persistentvolume", name, "--ignore-not-found", "--wait=false")
+        space.kubectl("delete", "pytorchjobs", "--all", "--cascade=foreground", check=False)
+        space.kubectl("delete", "namespace", space.name, "--wait=false")
+        space.kubectl("delete", "persistentvolume", f"{space.name}-dho-checkpoints", "--ignore-not-found", "--wait=false")
 
 
 @pytest.fixture
-def space(tmp_path: Path) -> Iterator[Space]:
-    with made(tmp_path) as space:
+def space(cluster: Cluster) -> Iterator[Space]:
+    with made(cluster) as space:
         yield space
 
 
@@ -105,7 +87,7 @@ class Trouble:
         if self.claim:
             space.claim()
         if self.quota:
-            space.apply(QUOTA)
+            space.cluster.apply([QUOTA], namespace=space.name)
         return space.launch("--start-timeout", str(START_S), *self.options)
 
 
@@ -120,10 +102,10 @@ CANNOT_START = {
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Space, subprocess.CompletedProcess[str]]]]:
+def launched(cluster: Cluster) -> Iterator[dict[str, tuple[Space, subprocess.CompletedProcess[str]]]]:
     """All of them, at the same time."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(CANNOT_START)) as pool:
-        spaces = {name: stack.enter_context(made(tmp_path_factory.mktemp("checkpoints"))) for name in CANNOT_START}
+        spaces = {name: stack.enter_context(made(cluster)) for name in CANNOT_START}
         done = {name: pool.submit(trouble.launch, spaces[name]) for name, trouble in CANNOT_START.items()}
         yield {name: (spaces[name], future.result()) for name, future in done.items()}
 
@@ -138,7 +120,7 @@ def test_why_a_job_does_not_start_is_said_in_one_line(
     told = [line for line in lines if " does not start: " in line and CANNOT_START[name].words in line]
     assert len(told) == 1 and told[0].startswith("launch: "), done.stdout
     assert lines[-1].startswith(f"launch: job has not started in {START_S} s: ") and "`dho stop job" in lines[-1]
-    assert "pytorchjob.kubeflow.org/job" in kubectl("-n", space.name, "get", "pytorchjobs", "-o", "name")
+    assert "pytorchjob.kubeflow.org/job" in space.kubectl("get", "pytorchjobs", "-o", "name")
 
 
 def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> None:
@@ -162,15 +144,15 @@ def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> 
     assert re.search(r"job .*Suspended .*2", listed), listed
     assert space.dho("stop", "job").returncode == 0
     deadline = time.monotonic() + 60
-    while kubectl("-n", space.name, "get", "pytorchjobs,configmaps", "-o", "name").replace("configmap/kube-root-ca.crt", "").strip():
+    while space.kubectl("get", "pytorchjobs,configmaps", "-o", "name").replace("configmap/kube-root-ca.crt", "").strip():
         assert time.monotonic() < deadline, "the job's ConfigMap has to go with the job"
         time.sleep(1)
     gone = space.dho("stop", "job")
     assert (gone.returncode, gone.stderr) == (1, f"dho: no job job in namespace {space.name}; there: none\n")
 
 
-def test_a_namespace_that_is_not_there_is_said_with_what_to_do() -> None:
-    done = Space("t-nowhere", Path()).launch()
+def test_a_namespace_that_is_not_there_is_said_with_what_to_do(cluster: Cluster) -> None:
+    done = Space(cluster, "t-nowhere").launch()
     assert done.returncode == 1
     assert done.stderr.startswith(
         'dho: ServiceAccount dho: the API server says 404: namespaces "t-nowhere" not found; `kubectl create namespace'
@@ -178,30 +160,28 @@ def test_a_namespace_that_is_not_there_is_said_with_what_to_do() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def requests() -> int:
-    """Requests for jobs, pods, events and logs of a namespace that the API server has answered, from whomever; a watch counts as it ends."""
+def requests(cluster: Cluster) -> int:
+    """Requests for jobs, pods, events and logs of a namespace that the API server has answered, to anyone; a watch counts as it ends."""
     total = 0
-    for line in kubectl("get", "--raw", "/metrics").splitlines():
-        if line.startswith("apiserver_request_total{") and re.search(r'resource="(pytorchjobs|pods|events)"', line):
-            if 'scope="namespace"' in line or 'subresource="log"' in line:
-                total += int(float(line.rsplit(" ", 1)[1]))
+    for line in cluster.kubectl("get", "--raw", "/metrics").splitlines():
+        ours = re.search(r'resource="(pytorchjobs|pods|events)"', line) and ('scope="namespace"' in line or 'subresource="log"' in line)
+        if ours and line.startswith("apiserver_request_total{"):
+            total += int(float(line.rsplit(" ", 1)[1]))
     return total
 
 
 @pytest.fixture
-def pretended() -> Iterator[None]:
+def pretended(cluster: Cluster) -> Iterator[None]:
     """64 nodes with 8 GPUs each that only pretend (kwok)."""
-    folder = os.environ.get("DHO_CLUSTER")
-    if folder is None:
-        pytest.skip("pretended nodes need the project's own cluster (make cluster-test)")
-    subprocess.run([ROOT / "tests/cluster/pretend.sh", folder, "64"], check=True)
+    cluster.pretend_nodes(64)
     yield
-    kubectl("delete", "nodes", *(f"gpu-{number}" for number in range(1, 65)))
-    os.kill(int(Path(folder, "kwok.pid").read_text()), signal.SIGKILL)
+    cluster.kubectl("delete", "nodes", *(f"gpu-{number}" for number in range(1, 65)))
+    assert cluster.own is not None
+    os.kill(int((cluster.own / "kwok.pid").read_text()), signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("pretended")
-def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(space: Space) -> None:
+@pytest.mark.nodes
+def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(pretended: None, space: Space, cluster: Cluster) -> None:  # noqa: ARG001
     space.claim()
     space.secret()
     began = time.monotonic()
@@ -213,12 +193,12 @@ def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(space: Space) -> No
                 break
         assert line.startswith("launch: job Running, 64 of 64 pods run"), line
         took = time.monotonic() - began
-        pods = json.loads(kubectl("-n", space.name, "get", "pods", "-o", "json"))["items"]
+        pods = json.loads(space.kubectl("get", "pods", "-o", "json"))["items"]
         assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods) == 64
         time.sleep(5)
-        before = requests()
+        before = requests(cluster)
         time.sleep(60)
-        asked = requests() - before
+        asked = requests(cluster) - before
         launch.send_signal(signal.SIGINT)
         rest = launch.stdout.read()
     assert launch.returncode == INTERRUPTED, rest

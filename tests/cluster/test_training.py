@@ -79,7 +79,9 @@ def test_kubectl_apply_trains_on_two_nodes_and_registers_what_torchrun_makes_her
     assert job.node_of("master-0") != job.node_of("worker-0")
     for pod in job.pods():
         assert pod["spec"]["securityContext"]["runAsUser"] == 10001
-    assert "Read-only file system" in cluster.kubectl("exec", job.pod("master-0"), "-c", "pytorch", "--", "python", "-c", "open('/x', 'w')", check=False)
+    assert "Read-only file system" in cluster.kubectl(
+        "exec", job.pod("master-0"), "-c", "pytorch", "--", "python", "-c", "open('/x', 'w')", check=False
+    )
     assert cluster.kubectl("exec", job.pod("master-0"), "-c", "pytorch", "--", "id", "-u").strip() == "10001"
     job.wait_for_success()
     run = job.check_record(STEPS)
