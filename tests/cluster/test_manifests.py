@@ -46,7 +46,7 @@ def test_what_dho_launch_renders_is_accepted(cluster: Cluster, launch: Launch) -
 def test_a_document_that_is_wrong_is_not(cluster: Cluster) -> None:
     documents = render(Launch())
     documents[-1]["spec"]["runPolicy"]["backofLimit"] = 3
-    with pytest.raises(AssertionError, match='unknown field "spec.runPolicy.backofLimit"'):
+    with pytest.raises(AssertionError, match="unknown field .*backofLimit"):
         cluster.apply(documents, *STRICT)
 
 
@@ -72,7 +72,7 @@ def test_the_schema_that_dho_launch_checks_with_is_the_operators_own(cluster: Cl
 
 def test_the_patch_of_the_operator_fits_its_deployment(cluster: Cluster) -> None:
     """As docs/platform.md tells: the init container that the operator adds has to be one that `restricted` admits."""
-    cluster.make_namespace("kubeflow")
+    cluster.make_namespace("t-operator")  # never the operator's own, which may be in use
     container = {
         "name": "training-operator",
         "image": "kubeflow/training-operator:v1.9.4",
@@ -80,14 +80,14 @@ def test_the_patch_of_the_operator_fits_its_deployment(cluster: Cluster) -> None
     }
     pod = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [container], "volumes": [{"name": "cert", "emptyDir": {}}]}}
     spec = {"replicas": 0, "selector": {"matchLabels": {"a": "b"}}, "template": pod}
-    metadata = {"name": "training-operator", "namespace": "kubeflow"}
-    cluster.apply([{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec}], namespace="kubeflow")
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator"}, "spec": spec}
+    cluster.apply([deployment], namespace="t-operator")
     folder = ROOT / "k8s/platform/operator"
     try:
         patch = ("patch", "deployment", "training-operator", "--patch-file", str(folder / "deployment-patch.yaml"))
-        cluster.kubectl(*patch, namespace="kubeflow")
-        patched = cluster.get("deployment", "training-operator", namespace="kubeflow")["spec"]["template"]["spec"]
+        cluster.kubectl(*patch, namespace="t-operator")
+        patched = cluster.get("deployment", "training-operator", namespace="t-operator")["spec"]["template"]["spec"]
     finally:
-        cluster.kubectl("delete", "deployment", "training-operator", namespace="kubeflow")
+        cluster.kubectl("delete", "namespace", "t-operator", "--wait=false")
     assert {mount["mountPath"] for mount in patched["containers"][0]["volumeMounts"]} == {"/tmp", "/etc/config"}
     assert {volume["name"] for volume in patched["volumes"]} == {"cert", "init-container"}
