@@ -15,6 +15,7 @@ DHO=$(image_of base/pytorchjob.yaml)
 POSTGRES=$(image_of platform/postgres.yaml)
 SEAWEEDFS=$(image_of platform/s3.yaml)
 
+alone() { exec 9>"$cache/lock"; flock -n 9 || die "another cluster.sh test, up or down is running (lock $cache/lock)"; }
 die() { echo "cluster.sh: $*" >&2; exit 1; }
 running() { [ -f "$D/ready" ] && nsenter --net=/run/netns/dho "$D/programs/bin/kubectl" --kubeconfig "$D/kubeconfig" get --raw /readyz >/dev/null 2>&1; }
 inside() {
@@ -72,8 +73,8 @@ case ${1:-} in
   image) image ;;
   tag) echo "$DHO" ;;
   build) build ;;
-  up) up ;;
-  down) "$here/down.sh" "$D" ;;
+  up) alone; up 9>&- ;;
+  down) alone; "$here/down.sh" "$D" ;;
   exec) shift; running || die "no cluster is running: cluster.sh up"; inside "$@" ;;
   test)
     shift
@@ -83,7 +84,7 @@ case ${1:-} in
       [ -n "${KUBECONFIG:-}" ] || die "DHO_TEST_CLUSTER=1 needs KUBECONFIG"
       exec python -m pytest -n 0 "$@"
     fi
-    exec 9>"$cache/lock"; flock -n 9 || die "another cluster.sh test is running (lock $cache/lock)"
+    alone
     if ! running; then trap '"$here/down.sh" "$D"' EXIT; trap 'exit 130' INT TERM; fi
     up 9>&-
     # Not exec: the trap has to run.

@@ -6,7 +6,7 @@ D=$(realpath -m "$1"); here=$(dirname "$(realpath "$0")")
 for node in "$D"/node-*; do [ ! -d "$node" ] || "$here/lose.sh" "$D" "${node##*-}"; done
 for file in "$D"/*.pid; do
   # A file left from before a reboot may name another's process by now.
-  if [ -f "$file" ] && tr '\0' ' ' <"/proc/$(cat "$file")/cmdline" 2>/dev/null | grep -qF "$D/"; then kill -9 "$(cat "$file")" 2>/dev/null || true; fi
+  if [ -f "$file" ] && grep -qsF "$D/" "/proc/$(cat "$file")/cmdline"; then kill -9 "$(cat "$file")" 2>/dev/null || true; fi
 done
 sleep .5
 awk -v d="$D/" 'index($2, d) == 1 {print $2}' /proc/mounts | sort -r | xargs -r umount -l
@@ -17,4 +17,5 @@ if [ -e /run/netns/dho ]; then
   done
   ip netns del dho
 fi
+for _ in 1 2 3; do if rm -rf "$D" 2>/dev/null; then exit 0; fi; sleep 1; done   # what was killed may have had a file under way
 rm -rf "$D"
