@@ -28,10 +28,11 @@ image() {
   "$here/image/build.sh" "$root" "$DHO" --build-arg GIT_COMMIT="$(git -C "$root" rev-parse HEAD 2>/dev/null || true)" \
     --build-arg VERSION="$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")"
   # buildah keeps the layers of earlier builds: with other dependencies, 7 GB that are of no use any more.
-  local lock; lock=$(cat "$root"/{Dockerfile,requirements.txt} | sha256sum)
-  if [ "$(cat "$cache/lock.sha256" 2>/dev/null)" != "$lock" ] && command -v buildah >/dev/null; then buildah rmi --prune >/dev/null || true; fi
-  echo "$lock" >"$cache/lock.sha256"
+  if ! same_dependencies && command -v buildah >/dev/null; then buildah rmi --prune >/dev/null || true; fi
+  dependencies >"$cache/dependencies.sha256"
 }
+dependencies() { cat "$root"/{Dockerfile,requirements.txt} | sha256sum; }
+same_dependencies() { [ "$(cat "$cache/dependencies.sha256" 2>/dev/null)" = "$(dependencies)" ]; }
 
 build() {
   local missing="" program
@@ -40,8 +41,8 @@ build() {
   [ -x /usr/lib/cni/bridge ] || missing+=" /usr/lib/cni/bridge"
   [ -z "$missing" ] || die "missing:$missing. On Debian: apt-get install buildah podman runc containerd containernetworking-plugins netavark iptables nftables conntrack iproute2 debootstrap, and Go from https://go.dev/dl"
   mkdir -p "$cache"
-  # Measured: programs 1 GB and Go's own caches 4 GB; the image 7 GB in buildah, and 7 GB in the store, for a moment twice.
-  local need=5; [ -d "$programs" ] || need=$((need + 6)); [ -e "$store/ids/${DHO//[^a-zA-Z0-9.]/_}" ] || need=$((need + 24))
+  # Measured: programs 1 GB, Go's own caches 10 GB; the image 7 GB in buildah, 7 GB in the store, and while it gets there as much again.
+  local need=5; [ -d "$programs" ] || need=$((need + 11)); same_dependencies || need=$((need + 21))
   local free; free=$(df --output=avail -BG "$cache" | tail -n 1 | tr -dc 0-9)
   [ "$free" -ge "$need" ] || die "needs $need GB of free disk at $cache, there are $free GB; make room or set XDG_CACHE_HOME to a place that has it"
 

@@ -34,7 +34,8 @@ for image; do
     while read -r layer size; do truncate -s "$size" "$S/layout/blobs/sha256/$layer"; done <"$W/have"
     podman --cgroup-manager=cgroupfs --events-backend=file save --quiet --format oci-dir --uncompressed --output "$S/layout" "$image"
     while read -r layer _; do rm "$S/layout/blobs/sha256/$layer"; done <"$W/have"
-    for target in "$socket" ${NODES-}; do tar -C "$S/layout" -cf - . | ctr -a "$target" -n k8s.io images import - >/dev/null; done
+    once=--remove-files; [ -z "${NODES-}" ] || once=
+    for target in "$socket" ${NODES-}; do tar -C "$S/layout" $once -cf - blobs index.json oci-layout | ctr -a "$target" -n k8s.io images import - >/dev/null; done
     rm -rf "$S/layout"
   fi
   manifest=$(c images ls "name==$image" | awk 'NR == 2 {print $3}')
