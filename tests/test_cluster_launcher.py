@@ -249,10 +249,10 @@ def pod(status: dict[str, Any], node: str | None = "node-1", replica: str = "mas
     return {"metadata": metadata, "spec": {"nodeName": node} if node else {}, "status": status}
 
 
-def event(about: str, reason: str, message: str, kind: str = "Pod") -> Document:
+def event(about: str, reason: str, message: str) -> Document:
     return {
         "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"},
-        "involvedObject": {"kind": kind, "uid": about, "name": "train"},
+        "involvedObject": {"uid": about},
         "reason": reason,
         "message": message,
     }
@@ -261,7 +261,7 @@ def event(about: str, reason: str, message: str, kind: str = "Pod") -> Document:
 def why(
     pods: list[Document], events: list[Document] | None = None, replicas: int = 1, log: str = "dho: no such revision"
 ) -> dict[str, list[str]]:
-    asked = {"metadata": {"name": "train"}, "spec": {"pytorchReplicaSpecs": {"Master": {"replicas": replicas}}}}
+    asked = {"metadata": {"name": "train", "uid": "job"}, "spec": {"pytorchReplicaSpecs": {"Master": {"replicas": replicas}}}}
     return reasons.waiting(asked, pods, events or [], lambda _pod, _container: log)
 
 
@@ -322,10 +322,7 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
             [],
             [
                 event(
-                    "",
-                    "FailedCreatePod",
-                    'Error creating: pods "train-master-0" is forbidden: exceeded quota: small, requested: cpu=1',
-                    "PyTorchJob",
+                    "job", "FailedCreatePod", 'Error creating: pods "train-master-0" is forbidden: exceeded quota: small, requested: cpu=1'
                 )
             ],
             "no pod, for the namespace's quota: exceeded quota: small, requested: cpu=1",
@@ -334,10 +331,7 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
             [],
             [
                 event(
-                    "",
-                    "FailedCreatePod",
-                    'Error creating: pods "x" is forbidden: violates PodSecurity "restricted:latest": privileged',
-                    "PyTorchJob",
+                    "job", "FailedCreatePod", 'Error creating: pods "x" is forbidden: violates PodSecurity "restricted:latest": privileged'
                 )
             ],
             "no pod, for the namespace's PodSecurity: violates PodSecurity",

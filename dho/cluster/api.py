@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,15 +120,15 @@ class Cluster:
         """Wait until a job that was deleted, and with it its pods, is gone; raises `ClusterError`."""
         from kubernetes.watch import Watch
 
-        if self.job(name) is None:
-            return
         call, arguments = self.list_and_watch("job", name)
-        with self._errors(f"job {name}"):
-            for event in Watch(return_type="object").stream(call, **arguments, timeout_seconds=int(patience_s)):
-                if event["type"] == "DELETED":
-                    return
-        if self.job(name) is not None:
-            raise ClusterError(f"job {name} is still being deleted after {patience_s:.0f} s; `kubectl describe pytorchjob {name}` says why")
+        deadline = time.monotonic() + patience_s
+        while self.job(name) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"job {name} is still being deleted after {patience_s:.0f} s; `kubectl describe pytorchjob {name}`")
+            with self._errors(f"job {name}"):
+                for event in Watch(return_type="object").stream(call, **arguments, timeout_seconds=10):
+                    if event["type"] == "DELETED":
+                        break
 
     def no_job(self, name: str) -> ClusterError:
         """The error that says which jobs there are."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from dho.cluster import reasons
 from dho.cluster.api import Cluster, phase, rank_zero, replicas
+from dho.cluster.manifest import QUEUE_LABEL
 from dho.cluster.watch import News, Streams
 from dho.errors import ClusterError
 from dho.progress import bar
@@ -21,6 +22,8 @@ AGAIN_AFTER_S = 120.0
 """The same reason, with other numbers in it, is told again at the earliest after this time."""
 SAME_FAULT_S = 3.0
 """Restarts with less time than this between them are told together."""
+LAST_LINES_S = 15.0
+"""Longest wait for the rest of the log of a job that has ended, seconds."""
 START_S = 600.0
 """Longest wait for a job to start, seconds."""
 API_PATIENCE_S = 600.0
@@ -75,6 +78,8 @@ class _Follower:
         self.reasons: dict[str, list[str]] = {}
         self.restarted: dict[str, list[str]] = {}
         self.restarted_at = 0.0
+        self.seen: dict[str, str] = {}
+        self.changed = False
         self.down: dict[str, tuple[float, str]] = {}
         self.down_said = False
         self.last_lines: dict[tuple[str, str, int], str] = {}
@@ -89,67 +94,58 @@ class _Follower:
         self.streams.start()
         with self.bar:
             while True:
-                changed = self._take_news()
+                self._take_news()
                 if self.down:
                     self._api_is_down()
-                    continue
-                if self.job is None:
-                    continue
-                if changed:
-                    self._look_at_pods()
-                if (status := self._phase()) is not None:
-                    self.streams.wait_for_log(15)
-                    self._take_news(0)
-                    return status
-                self._restarts()
-                if (status := self._waiting(changed)) is not None:
+                elif self.job is not None and (status := self._look()) is not None:
                     return status
 
-    def _take_news(self, wait_s: float = 1.0) -> bool:
-        """All news there are, waiting for the first; whether an object has changed."""
-        changed = False
+    def _look(self) -> int | None:
+        """Tell what the news amount to; the exit status at the end."""
+        assert self.job is not None
+        if phase(self.job) in ("Succeeded", "Failed"):
+            self._read_log()
+            self.streams.wait_for_log(LAST_LINES_S)
+            self._take_news(0)
+            return self._end()
+        changed, self.changed = self.changed, False
+        if changed:
+            self._read_log()
+        self._phase()
+        self._restarts()
+        return self._waiting(changed)
+
+    def _take_news(self, wait_s: float = 1.0) -> None:
+        """Take in all news there are, waiting for the first."""
         try:
             news = self.streams.news.get(timeout=wait_s) if wait_s else self.streams.news.get_nowait()
             while True:
-                changed |= self._take(news)
+                self._take(news)
                 news = self.streams.news.get_nowait()
         except queue.Empty:
-            return changed
+            return
 
-    def _take(self, news: News) -> bool:
+    def _take(self, news: News) -> None:
         if news.what == "LINE":
             self._log_line(news.value)
-            return False
-        if news.what == "DOWN":
-            if news.source == "events" and news.value.startswith("403"):
-                self.say(f"no events: {news.value}")
-                return False
+        elif news.what == "BROKEN":
+            raise news.value
+        elif news.what == "NEVER":
+            self.say(f"reasons for not starting may be missing: {news.source}: {news.value}")
+        elif news.what == "DOWN":
             self.down.setdefault(news.source, (time.monotonic(), news.value))
-            return False
-        if news.what == "UP":
+        elif news.what == "UP":
             if self.down.pop(news.source, None) and not self.down and self.down_said:
                 self.down_said = False
                 self.say("the API server answers again")
-            return False
-        if news.source == "job":
-            self._take_job(news)
-            return True
-        kept = self.pods if news.source == "pods" else self.events
-        if news.what == "SYNC":
-            before, news_of = dict(kept), news.value
-            kept.clear()
         else:
-            before, news_of = kept, [news.value]
-        for item in news_of:
-            uid = item["metadata"]["uid"]
-            if news.what == "DELETED":
-                kept.pop(uid, None)
-                continue
-            if news.source == "pods" and uid in before and (ended := reasons.restarts(before[uid], item)):
-                self.restarted_at = time.monotonic()
-                self.restarted.setdefault(ended, []).append(reasons.replica_of(item))
-            kept[uid] = item
-        return True
+            self.changed = True
+            if news.source == "job":
+                self._take_job(news)
+            elif news.source == "pods":
+                self._take_pods(news)
+            else:
+                self.events = _updated(self.events, news)
 
     def _take_job(self, news: News) -> None:
         found = news.value if news.what == "SYNC" else [news.value]
@@ -157,7 +153,18 @@ class _Follower:
             raise ClusterError(f"job {self.name} was deleted from namespace {self.cluster.namespace}")
         self.job = found[0]
 
-    def _look_at_pods(self) -> None:
+    def _take_pods(self, news: News) -> None:
+        before, self.pods = self.pods, _updated(self.pods, news)
+        for uid, pod in self.pods.items():
+            replica = reasons.replica_of(pod)
+            ended = reasons.restarts(before[uid], pod) if uid in before else ""
+            if self.seen.setdefault(replica, uid) != uid:
+                self.seen[replica], ended = uid, "its pod was lost"
+            if ended:
+                self.restarted_at = time.monotonic()
+                self.restarted.setdefault(ended, []).append(replica)
+
+    def _read_log(self) -> None:
         """Read the log of rank 0's container, and know when it has ended."""
         assert self.job is not None
         wanted = rank_zero(self.job)
@@ -167,32 +174,37 @@ class _Follower:
             for container in pod.get("status", {}).get("containerStatuses", []):
                 state, id_ = container.get("state", {}), container.get("containerID", "")
                 if container["name"] == "pytorch" and id_ and "waiting" not in state:
-                    self.streams.follow_log(wanted, id_)
+                    self.streams.follow_log(wanted, pod["metadata"]["uid"], id_)
                     if "terminated" in state:
                         self.streams.log_ended(id_)
                 elif container["name"] == "pytorch" and (past := container.get("lastState", {}).get("terminated", {}).get("containerID")):
                     self.streams.log_ended(past)
 
-    def _phase(self) -> int | None:
-        """Tell a new phase; the exit status where it is the last one."""
+    def _end(self) -> int:
         assert self.job is not None
-        now, total = phase(self.job), replicas(self.job)
+        how = phase(self.job)
+        if how == "Succeeded":
+            self.say(f"{self.name} Succeeded after {time.monotonic() - self.began:.0f} s")
+            return SUCCEEDED
+        message = next((c.get("message", "") for c in self.job["status"]["conditions"] if c["type"] == how), "")
+        self.say(f"{self.name} Failed: {reasons.one_line(message)}")
+        return FAILED
+
+    def _phase(self) -> None:
+        """Tell a new phase, or another number of pods that run."""
+        assert self.job is not None
+        now, total, clock = phase(self.job), replicas(self.job), time.monotonic()
         running = sum(pod.get("status", {}).get("phase") == "Running" for pod in self.pods.values())
-        elastic = self.job["spec"].get("elasticPolicy") or {}
-        self.started |= running >= elastic.get("minReplicas", total)
-        if now in ("Succeeded", "Failed"):
-            took = time.monotonic() - self.began
-            message = next((c.get("message", "") for c in self.job["status"]["conditions"] if c["type"] == now), "")
-            self.say(f"{self.name} {now}" + (f" after {took:.0f} s" if now == "Succeeded" else f": {reasons.one_line(message)}"))
-            return SUCCEEDED if now == "Succeeded" else FAILED
+        self.started |= running >= (self.job["spec"].get("elasticPolicy") or {}).get("minReplicas", total)
         if now == "Suspended":
-            self.unsuspended = time.monotonic()
-        if now != self.phase or (running != self.running and (running == total or time.monotonic() - self.running_said > REASON_AFTER_S)):
-            self.phase, self.running, self.running_said = now, running, time.monotonic()
-            queue_name = self.job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
-            held = f"; waits to be admitted{f' by queue {queue_name}' if queue_name else ''}" if now == "Suspended" else ""
+            self.unsuspended = clock
+        if now != self.phase or (running != self.running and (running == total or clock - self.running_said > REASON_AFTER_S)):
+            self.phase, self.running, self.running_said = now, running, clock
+            held = ""
+            if now == "Suspended":
+                by = self.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+                held = "; waits to be admitted" + (f" by queue {by}" if by else "")
             self.say(f"{self.name} {now}, {running} of {total} pods run{held}")
-        return None
 
     def _waiting(self, changed: bool) -> int | None:
         """Tell what keeps pods from running; the exit status when the job has taken too long to start."""
@@ -200,17 +212,17 @@ class _Follower:
         now = time.monotonic()
         if changed:
             self.reasons = reasons.waiting(self.job, self.pods.values(), self.events.values(), self._last_line)
-            self.since = {reason: self.since.get(reason, now) for reason in self.reasons}
+            # The part before the colon: numbers behind it change while it is the same that is missing.
+            self.since = {key: self.since.get(key, now) for key in (reason.partition(":")[0] for reason in self.reasons)}
         for reason, names in self.reasons.items():
             category = reason.partition(":")[0]
-            if now - self.since[reason] >= REASON_AFTER_S and now - self.told.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S:
+            if now - self.since[category] >= REASON_AFTER_S and now - self.told.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S:
                 self.told[category] = now
                 self.say(f"{reasons.several(names) or self.name} does not start: {reason}")
         if self.started or now - max(self.began, self.unsuspended) < self.start_timeout_s:
             return None
-        why = next(
-            iter(self.reasons), f"its pods are {', '.join(sorted({p.get('status', {}).get('phase', '?') for p in self.pods.values()}))}"
-        )
+        phases = sorted({pod.get("status", {}).get("phase", "Pending") for pod in self.pods.values()}) or ["not there"]
+        why = next(iter(self.reasons), f"its pods are {' and '.join(phases)}")
         self.say(f"{self.name} has not started in {self.start_timeout_s:.0f} s: {why}; {_hint(self.cluster, self.name)}")
         return NOT_STARTED
 
@@ -258,3 +270,11 @@ class _Follower:
         if self.task is None:
             self.task = self.bar.add_task(match["stage"], total=int(match["steps"]), note="")
         self.bar.update(self.task, completed=int(match["step"]), note=match["note"].strip())
+
+
+def _updated(kept: dict[str, dict[str, Any]], news: News) -> dict[str, dict[str, Any]]:
+    """uid -> object, after some news."""
+    if news.what == "SYNC":
+        return {item["metadata"]["uid"]: item for item in news.value}
+    others = {uid: item for uid, item in kept.items() if uid != news.value["metadata"]["uid"]}
+    return others if news.what == "DELETED" else {**others, news.value["metadata"]["uid"]: news.value}

@@ -28,19 +28,13 @@ def waiting(
     found: dict[str, list[str]] = {}
     mine = list(pods)
     there = {pod["metadata"]["uid"] for pod in mine}
-    name = job["metadata"]["name"]
     of_pods: dict[str, list[Document]] = {}
     missing = len(mine) < sum(int(replica.get("replicas", 1)) for replica in job["spec"]["pytorchReplicaSpecs"].values())
     for event in sorted(events, key=_when):
         about = event.get("involvedObject", {})
         if about.get("uid") in there:
             of_pods.setdefault(about["uid"], []).append(event)
-        elif (
-            missing
-            and about.get("kind") == "PyTorchJob"
-            and about.get("name") == name
-            and event.get("reason", "").startswith("FailedCreate")
-        ):
+        elif missing and about.get("uid") == job["metadata"]["uid"] and event.get("reason", "").startswith("FailedCreate"):
             found.setdefault(_refused(event.get("message", "")), [])
     # Of several refusals in a row (the quota's numbers change as pods come) the newest says it.
     for reason in list(found)[:-1]:
@@ -93,7 +87,7 @@ def _pod(pod: Document, events: list[Document], last_line: Callable[[str, str], 
             first and (ended := _failed(state.get("terminated", {}) or past)) and container.get("restartCount", 0) + ("terminated" in state)
         ):
             yield f"init container {container['name']} fails ({ended}): {last_line(name, container['name'])}"
-        elif not first and blocked.get("reason") == "CrashLoopBackOff":
+        elif not first and blocked.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) > 2:
             ended = _failed(past) or "exit code 0"
             yield f"container {container['name']} ends again and again ({ended}): {last_line(name, container['name'])}"
     if all("waiting" in one.get("state", {}) for one in status.get("initContainerStatuses", [])):

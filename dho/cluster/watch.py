@@ -11,6 +11,7 @@ import json
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class News:
     source: str
     """job, pods, events or log"""
     what: str
-    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None)"""
+    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None), NEVER (why: this
+    user may not see it), BROKEN (an exception that is a defect)"""
     value: Any = None
 
 
@@ -45,24 +47,24 @@ class Streams:
         self.news: queue.Queue[News] = queue.Queue()
         self._over = threading.Event()
         self._log: threading.Thread | None = None
-        self._log_of: tuple[str, str] | None = None
+        self._log_of: str | None = None
+        self._newest: dict[str, str] = {}
         self._ended: set[str] = set()
 
     def start(self) -> None:
         """Watch the job, its pods and the namespace's warnings."""
         for source in ("job", "pods", "events"):
-            threading.Thread(target=self._watch, args=(source,), daemon=True, name=f"watch {source}").start()
+            self._in_background(self._watch, source)
 
     def close(self) -> None:
         """No more news; open requests end with the process."""
         self._over.set()
 
-    def follow_log(self, pod: str, container_id: str) -> None:
+    def follow_log(self, pod: str, uid: str, container_id: str) -> None:
         """Put the log of a pod's container `pytorch` into the news, if that is not done yet; a restarted container has another id."""
-        if self._log_of != (pod, container_id):
-            self._log_of = (pod, container_id)
-            self._log = threading.Thread(target=self._read_log, args=(pod, container_id), daemon=True, name=f"log {pod}")
-            self._log.start()
+        if self._log_of != container_id:
+            self._log_of = container_id
+            self._log = self._in_background(self._read_log, pod, uid, container_id)
 
     def log_ended(self, container_id: str) -> None:
         """That container has ended: once its log has been read there is no more of it."""
@@ -72,6 +74,17 @@ class Streams:
         """Wait until the log that is being followed has been read to its end."""
         if self._log is not None:
             self._log.join(timeout_s)
+
+    def _in_background(self, work: Callable[..., None], *arguments: str) -> threading.Thread:
+        def run() -> None:
+            try:
+                work(*arguments)
+            except Exception as error:
+                self.news.put(News(arguments[0], "BROKEN", error))
+
+        thread = threading.Thread(target=run, daemon=True, name=" ".join(arguments[:1]))
+        thread.start()
+        return thread
 
     def _watch(self, source: str) -> None:
         from kubernetes.client import ApiException
@@ -97,6 +110,9 @@ class Streams:
                 version = None
                 if error.status == 410:  # so old that the server has forgotten it
                     continue
+                if error.status == 403 and source == "events":
+                    self.news.put(News(source, "NEVER", said(error)))
+                    return
                 self.news.put(News(source, "DOWN", f"{error.status}: {said(error)}"))
             except (HTTPError, OSError, ValueError) as error:
                 version = None
@@ -104,16 +120,19 @@ class Streams:
             wait_s = min(max(2 * wait_s, 0.5), LONGEST_WAIT_S)
             self._over.wait(wait_s)
 
-    def _read_log(self, pod: str, container_id: str) -> None:
-        """Read to the end; after a break go on behind the last line, which the lines' time stamps tell."""
+    def _read_log(self, pod: str, uid: str, container_id: str) -> None:
+        """Read to the end; after a break go on behind the last line, which the lines' time stamps tell.
+
+        A request names the container, not its id: it may already answer with the log of the next one.
+        """
         from kubernetes.client import ApiException
         from kubernetes.watch.watch import iter_resp_lines
         from urllib3.exceptions import HTTPError
 
-        newest, heard, wait_s = "", time.monotonic(), 0.0
+        heard, wait_s = time.monotonic(), 0.0
         while not self._over.is_set():
             known_to_have_ended = container_id in self._ended
-            since = {"since_seconds": int(time.monotonic() - heard) + 60} if newest else {}
+            since = {"since_seconds": int(time.monotonic() - heard) + 60} if uid in self._newest else {}
             complete = False
             with contextlib.suppress(HTTPError, OSError):
                 try:
@@ -129,14 +148,16 @@ class Streams:
                     )
                     for line in iter_resp_lines(answer):
                         stamp, _, text = line.partition(" ")
-                        if stamp > newest:
-                            newest, heard, wait_s = stamp, time.monotonic(), 0.0
+                        if self._log_of != container_id:
+                            return
+                        if stamp > self._newest.get(uid, ""):
+                            self._newest[uid], heard, wait_s = stamp, time.monotonic(), 0.0
                             self.news.put(News("log", "LINE", text))
                     complete = True
                 except ApiException as error:
                     if error.status == 404:
                         return
-            if (complete and known_to_have_ended) or self._log_of != (pod, container_id):
+            if (complete and known_to_have_ended) or self._log_of != container_id:
                 return
             wait_s = min(max(2 * wait_s, 0.5), LONGEST_WAIT_S)
             self._over.wait(wait_s)
