@@ -1,4 +1,4 @@
-"""`launch.target: kubernetes` in params.yaml, and nothing else: `dvc repro` runs `teach` and `train` on the cluster, the other stages here."""
+"""`launch.target: kubernetes` in params.yaml is all it takes: `dvc repro` runs `teach` and `train` on the cluster, the others here."""
 
 from __future__ import annotations
 
