@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, so that one client loses its connections while everyone else keeps theirs."""
+"""A TCP proxy in front of a server, so that one client loses its connections while everyone else keeps theirs, and its traffic can be told."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Proxy:
         self._server = (host, port)
         self._sockets: list[socket.socket] = []
         self.port = 0
+        self.passed = 0
+        """Bytes, both ways, so far."""
         self.up()
 
     def up(self) -> None:
@@ -40,12 +42,12 @@ class Proxy:
                 server = socket.create_connection(self._server)
                 self._sockets += [client, server]
                 for pair in ((client, server), (server, client)):
-                    threading.Thread(target=_pump, args=pair, daemon=True).start()
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
-
-def _pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_RDWR)
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.passed += len(data)
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
