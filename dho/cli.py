@@ -23,6 +23,8 @@ from dho.errors import DhoError
 RAW, PREPARED, PRETRAINED, STORE = Path("data/raw"), Path("data/prepared"), Path("data/pretrained"), Path("data/teacher")
 TRAINED, EVALUATED, REGISTERED = Path("outputs/train"), Path("outputs/evaluate"), Path("outputs/register.json")
 CHECKPOINTS = Path("checkpoints")
+REFUSED = 3
+"""Exit code of a promotion or rollback that is refused; nothing was changed then."""
 
 app = typer.Typer(
     name="dho",
@@ -106,10 +108,17 @@ def evaluate(params: Params = PARAMS) -> None:
 @app.command()
 def register(params: Params = PARAMS) -> None:
     """Put the student into MLflow's model registry as a version with the alias `candidate`."""
+    from dho.lineage import Sources
     from dho.registry import register
 
-    done = register(load(params), TRAINED / "student", EVALUATED / "metrics.json", REGISTERED)
+    config = load(params)
+    sources = Sources(PREPARED, STORE, EVALUATED / "plots")
+    done = register(config, TRAINED / "student", EVALUATED / "metrics.json", REGISTERED, sources)
     print(f"register: models:/{done['name']}@candidate is version {done['version']}")
+    if config.registry.promote == "auto":
+        from dho.promotion import promote
+
+        _print_decision(promote(config, PREPARED), "champion")
 
 
 @app.command()
@@ -148,6 +157,72 @@ def predict(
 
 
 @app.command()
+def promote(
+    source: Annotated[str, typer.Option("--from", help="Alias or number of the version.")] = "candidate",
+    target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = "champion",
+    params: Params = PARAMS,
+) -> None:
+    """Check a version by the rules of params.yaml (registry.rules) and make it champion; exit code 3 when a rule refuses."""
+    from dho.promotion import PromotionRefused
+    from dho.promotion import promote as decide
+
+    try:
+        decision = decide(load(params), PREPARED, source, target)
+    except PromotionRefused as refused:
+        print(f"dho: {refused}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from refused
+    _print_decision(decision, target)
+    if not decision.promoted:
+        raise typer.Exit(REFUSED)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; kept in the tags.")],
+    target: Annotated[str, typer.Option("--to", help="Alias that goes back.")] = "champion",
+    params: Params = PARAMS,
+) -> None:
+    """Give the champion's alias back to the version that had it before."""
+    from dho.promotion import PromotionRefused
+    from dho.promotion import rollback as go_back
+
+    config = load(params)
+    try:
+        old, new = go_back(config, reason, target)
+    except PromotionRefused as refused:
+        print(f"dho: {refused}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from refused
+    print(f"rollback: models:/{config.registry.name}@{target} is version {new} again, no longer {old}")
+
+
+@app.command()
+def registry(params: Params = PARAMS) -> None:
+    """List the versions with their aliases and metrics, and the story of promotions and rollbacks."""
+    from dho.listing import listing
+
+    columns, rows, story = listing(load(params))
+    shown = Table(*columns)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    for line in story:
+        print(line)
+
+
+@app.command()
+def lineage(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")], params: Params = PARAMS) -> None:
+    """Print what made a registered version, and the commands that make it again."""
+    from dho.lineage import lineage as trace
+
+    facts, commands = trace(load(params).tracking, model)
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    print("\nTo make it again, in a clone of the repository:")
+    for command in commands:
+        print(f"    {command}")
+
+
+@app.command()
 def params() -> None:
     """Print every setting of params.yaml with its default and its meaning."""
     table = Table("setting", "default", "meaning")
@@ -181,6 +256,19 @@ def _in_torchrun(params: Path, *command: str) -> Config:
     if not under_torchrun():
         exec_torchrun(config, [*command, "--params", str(params)])
     return config
+
+
+def _print_decision(decision: Any, target: str) -> None:
+    """The table of rules of a promotion, and its outcome."""
+    if decision.checks:
+        shown = Table("rule", "value", "limit", "verdict")
+        for check in decision.checks:
+            shown.add_row(check.rule, check.value, check.limit, check.verdict)
+        Console().print(shown)
+    if decision.promoted:
+        print(f"promote: models:/{decision.name}@{target} is version {decision.version}")
+    else:
+        print(f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: " + "; ".join(decision.reasons))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -35,6 +35,9 @@ ALPHA, BETA = 0.4, 0.3
 FILES = [
     "MLmodel",
     "artifacts/card.json",
+    "artifacts/evidence/measured.json",
+    "artifacts/lineage/lineage.json",
+    "artifacts/model_card/model_card.md",
     "artifacts/student.onnx",
     "code/dho_runtime.py",
     "conda.yaml",
@@ -81,7 +84,7 @@ def house(registry, tmp_path_factory):
         student = _student(folder / "student", _run(client), ("ce", "kd"))
         _metrics(folder / "metrics.json", ALPHA, BETA)
         images = _images()
-        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", images[0])
+        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", example=images[0])
         model = mlflow.pyfunc.load_model(f"models:/{config.registry.name}@candidate")
         yield House(folder, config, client, student, result, images, model)
         mlflow.set_tracking_uri(before[0])
@@ -318,6 +321,7 @@ def test_the_version_says_where_it_comes_from_and_leaves_the_run_as_it_was(house
         ("top_k", 5),
         ("batch_size", 64),
         ("on_error", "raise"),
+        ("heads", False),
     ]
     assert house.model.input_example["image"][0] == house.images[0]
 
@@ -366,7 +370,7 @@ def test_two_packages_in_one_process_keep_their_own_pixels(house, tmp_path):
 def test_the_alias_stays_where_the_package_does_not_answer_like_the_student(house, registry, tmp_path, monkeypatch):
     config = from_dict({**to_dict(house.config), "registry": {"name": "wrong"}})
     _metrics(tmp_path / "metrics.json", 0.8, BETA)
-    monkeypatch.setattr(registry, "_expected", lambda *_: np.array([0.99, 0.01]))
+    monkeypatch.setattr(registry, "expected_answer", lambda *_: np.array([0.99, 0.01]))
     with pytest.raises(DhoError, match="not registered"):
         registry.register(config, house.folder / "student", tmp_path / "metrics.json", tmp_path / "out.json")
     assert _versions(house, "wrong") == [] and not (tmp_path / "out.json").exists()
@@ -397,7 +401,7 @@ def test_an_unknown_run_a_refused_name_and_a_bad_example_are_one_line(house, reg
     with pytest.raises(TrackingError, match="is not on this MLflow server"):
         registry.register(house.config, tmp_path / "stray", metrics, out)
     with pytest.raises(DataError, match="the input example is not usable"):
-        registry.register(house.config, good, metrics, out, b"no image")
+        registry.register(house.config, good, metrics, out, example=b"no image")
     config = from_dict({**to_dict(house.config), "registry": {"name": "a/b:c"}})
     with pytest.raises(TrackingError, match="cannot look up or make") as caught:
         registry.register(config, good, metrics, out)
