@@ -85,7 +85,7 @@ def _data(subject: Subject) -> str:
 def _results(subject: Subject) -> str:
     head = "## Results on test\n\n| source | top-1 | top-5 | NLL | ECE |\n|---|---|---|---|---|"
     rows = _rows(subject.metrics)
-    if not rows:
+    if not rows and subject.evidence is None:
         return ""
     calibration = ""
     if subject.evidence is not None:
