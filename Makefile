@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 RUN := source .venv/bin/activate &&
 
-.PHONY: repro test lint compare bench lock clean
+.PHONY: repro test lint compare bench downstream-test serving-test lock clean
 
 repro: .venv/ready
 	$(RUN) dvc repro
@@ -41,3 +41,11 @@ lock:
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache
+
+# A downstream team's environment, made fresh: the champion's accuracy there is that of metrics.json. After `make repro`.
+downstream-test: .venv/ready
+	tests/downstream/run.sh
+
+# `mlflow models serve` under load and under bad requests. After `make repro`.
+serving-test: .venv/ready
+	$(RUN) python benchmarks/serving.py

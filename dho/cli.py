@@ -137,12 +137,23 @@ def results() -> None:
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files; with --model also folders.")],
     top: Annotated[int, typer.Option(help="Labels to print for each image.", min=1)] = 3,
     alpha: Annotated[float | None, typer.Option(help="Weight of the CE head; default: as tuned.", min=0, max=1)] = None,
     beta: Annotated[float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)] = None,
+    model: Annotated[str | None, typer.Option(help="Registered model, models:/NAME@ALIAS, instead of the student here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
+    params: Params = PARAMS,
 ) -> None:
-    """Label images with the trained student: labels and probabilities, most likely first."""
+    """Label images with the trained student: labels and probabilities, most likely first; or with a registered model, into a file."""
+    if (model is None) != (out is None):
+        raise typer.BadParameter("--model and --out go together")
+    if model is not None and out is not None:
+        from dho.score import score
+
+        good, unread = score(load(params).tracking, model, images, out, top)
+        print(f"predict: {out} holds {good} images" + (f", and {unread} that cannot be read" if unread else ""))
+        return
     from dho.predict import predict
 
     bad = 0

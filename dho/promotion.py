@@ -79,24 +79,25 @@ def promote(config: Config, prepared: Path, source: str = CANDIDATE, target: str
         raise DhoError(f"{name}: no version has the alias {source}; dho register makes one, dho registry lists them")
     with one_line(uri, f"cannot compare the versions of {name}"):
         champion = version_of(client, name, target)
-        decision = Decision(name, candidate.version, champion.version if champion else None)
-        if champion is None or champion.version != candidate.version:
+        decision = Decision(name, str(candidate.version), number_of(champion))
+        if decision.version != decision.champion:
             decision.checks, evidence = _compare(config, client, TestSet.of(Index.load(prepared)), candidate, champion)
             if decision.reasons:
                 return decision
     recovering = functools.partial(recover, client, name)
     doing = f"promote version {candidate.version}"
     with one_line(uri, f"cannot {doing} of {name}"), claim(client, name, doing, who(), recovering) as mine:
-        _still(client, name, source, candidate.version)
-        now = version_of(client, name, target)
+        still, now = (number_of(version_of(client, name, alias)) for alias in (source, target))
+        if still != decision.version:
+            raise PromotionRefused(f"{name}: {source} moved to version {still} meanwhile; nothing was changed")
         # The alias may be there already: before, meanwhile, or by the recovery of an attempt that was interrupted.
-        if now is None or now.version != candidate.version:
-            if (now.version if now else None) != decision.champion:
+        if now != decision.version:
+            if now != decision.champion:
                 raise PromotionRefused(
-                    f"{name}: version {now.version if now else 'none'} became {target} while version {candidate.version} was compared with "
+                    f"{name}: version {now or 'none'} became {target} while version {candidate.version} was compared with "
                     f"{decision.champion or 'none'}{_by(client, name)}; nothing was changed, run it again to compare with the new one"
                 )
-            entry = _entry("promote", target, decision.champion, candidate.version, candidate.run_id) | {"evidence": evidence}
+            entry = _entry("promote", target, decision.champion, decision.version, candidate.run_id) | {"evidence": evidence}
             _move(mine, entry, decision.champion)
     decision.promoted = True
     return decision
@@ -119,12 +120,12 @@ def rollback(config: Config, why: str, target: str = CHAMPION) -> tuple[str, str
     ):
         story = history(client, name)
         past = _champions(story, target)
-        now = version_of(client, name, target)
+        now = number_of(version_of(client, name, target))
         if now is None or len(past) < 2:
             raise PromotionRefused(f"{name}: {target} has no earlier version to go back to; nothing was changed")
-        if past[-1] != now.version:
+        if past[-1] != now:
             raise PromotionRefused(
-                f"{name}: {target} is version {now.version}, but the last promotion set {past[-1]}: the alias was moved by hand; "
+                f"{name}: {target} is version {now}, but the last promotion set {past[-1]}: the alias was moved by hand; "
                 "set it by hand again (nothing was changed)"
             )
         back = client.get_model_version(name, past[-2])
@@ -132,9 +133,9 @@ def rollback(config: Config, why: str, target: str = CHAMPION) -> tuple[str, str
             check = _intact(client, back, Path(folder))[0]
         if not check.passed:
             raise PromotionRefused(f"{name} version {back.version}: {check.rule}: {check.value}; nothing was changed")
-        entry = _entry("rollback", target, now.version, back.version, back.run_id) | {"reason": why}
+        entry = _entry("rollback", target, now, past[-2], back.run_id) | {"reason": why}
         _move(mine, entry, past[-3] if len(past) > 2 else None)
-        return now.version, back.version
+        return now, past[-2]
 
 
 def history(client: MlflowClient, name: str) -> list[dict[str, Any]]:
@@ -151,6 +152,11 @@ def version_of(client: MlflowClient, name: str, alias: str) -> Any:
     return None if number is None else client.get_model_version(name, str(number))
 
 
+def number_of(version: Any) -> str | None:
+    """The number of a version as text, which is what a server gives; a database gives a number."""
+    return None if version is None else str(version.version)
+
+
 def previous_alias(target: str) -> str:
     """The alias of the version before the one with `target`."""
     return "previous" if target == CHAMPION else f"previous-{target}"
@@ -159,8 +165,7 @@ def previous_alias(target: str) -> str:
 def recover(client: MlflowClient, name: str, intent: dict[str, Any]) -> None:
     """Finish a change whose process died after the alias had moved; before that it had changed nothing."""
     entry = intent["entry"]
-    now = version_of(client, name, entry["alias"])
-    if now is not None and now.version == entry["to"]:
+    if number_of(version_of(client, name, entry["alias"])) == entry["to"]:
         _record(client, name, intent)
 
 
@@ -226,12 +231,6 @@ def _facts(folder: Path, test: TestSet, ece_bins: int) -> Facts:
         with open_package(folder) as package:
             evidence = measure_test(package, test, ece_bins)
     return Facts(evidence, measured["latency_ms"]["batch1/threads1/p99"], size)
-
-
-def _still(client: MlflowClient, name: str, source: str, version: str) -> None:
-    now = version_of(client, name, source)
-    if now is None or now.version != version:
-        raise PromotionRefused(f"{name}: {source} moved to version {now.version if now else 'none'} meanwhile; nothing was changed")
 
 
 def _by(client: MlflowClient, name: str) -> str:

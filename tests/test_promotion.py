@@ -186,7 +186,7 @@ def test_a_first_student_is_promoted_on_its_own_merits_and_the_tags_say_so(shop:
 
 
 def test_a_better_student_takes_over_and_rollback_restores_with_the_story_in_order(shop: Shop) -> None:
-    config = shop.named("story", "poor", "good")
+    config = shop.named("story", "poor", "good", max_class_drop=0.5)
     assert promote(config, shop.prepared, source="1").promoted
     decision = promote(config, shop.prepared)
     assert decision.promoted and decision.champion == "1"
@@ -263,7 +263,7 @@ def test_a_package_that_was_changed_after_registration_is_refused(shop: Shop, fi
 
 
 def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = shop.named("twice", "poor", "good", "good")
+    config = shop.named("twice", "poor", "good", "good", max_class_drop=0.5)
     promote(config, shop.prepared, source="1")
     both, compare = threading.Barrier(2), promotion._compare
 
@@ -294,7 +294,7 @@ def test_a_promotion_that_died_half_way_is_finished_or_dropped_by_the_next(
     shop: Shop, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"died {moment}".replace(" ", "-")
-    config = shop.named(name, "poor", "good")
+    config = shop.named(name, "poor", "good", max_class_drop=0.5)
     promote(config, shop.prepared, source="1")
 
     class Killed(BaseException):
