@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -129,7 +130,7 @@ class MlflowServer:
 
     def __init__(self, folder: Path, database: str, storage: str, password: str) -> None:
         folder.mkdir()
-        self.folder, self.database = folder, database
+        self.folder, self.database, self.password = folder, database, password
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         (folder / "auth.ini").write_text(
@@ -162,7 +163,11 @@ class MlflowServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        wait_for(lambda: urllib.request.urlopen(f"{self.address}/health", timeout=2), self.process, log)
+        # The first question makes the tables, which takes longer than an answer may.
+        token = base64.b64encode(f"admin:{self.password}".encode()).decode()
+        question = f"{self.address}/api/2.0/mlflow/experiments/search?max_results=1"
+        request = urllib.request.Request(question, headers={"Authorization": f"Basic {token}"})
+        wait_for(lambda: urllib.request.urlopen(request, timeout=60), self.process, log)
 
     def kill(self) -> None:
         """End it at once, with all its processes."""
