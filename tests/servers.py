@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -51,18 +52,18 @@ def postgres_bin() -> Path | None:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A PostgreSQL server with the databases `mlflow` and `auth`; yields the start of their address."""
     programs = postgres_bin()
     assert programs is not None
-    folder.mkdir(mode=0o755)
+    folder = Path(tempfile.mkdtemp(prefix="dho-postgres-"))  # pytest's folders are closed to the user that PostgreSQL runs as
     as_user: dict[str, object] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         account = pwd.getpwnam("postgres")
         os.chown(folder, account.pw_uid, account.pw_gid)
         as_user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
     (port,) = free_ports(1)
-    log = folder.with_suffix(".log")
+    log = folder / "log"
     run = {"cwd": "/", "stdout": log.open("ab"), "stderr": subprocess.STDOUT, **as_user}
     subprocess.run([programs / "initdb", "-D", folder / "data", "-U", "mlflow", "-A", "trust", "--no-sync"], check=True, **run)  # type: ignore[call-overload]
     options = ["-p", str(port), "-k", "", "-c", "listen_addresses=127.0.0.1"]
@@ -86,6 +87,7 @@ def postgres(folder: Path) -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -146,6 +148,7 @@ class MlflowServer:
                 "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": "static",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six more processes for what is not used here
             }
         )
         self.process: subprocess.Popen[bytes] | None = None

@@ -69,12 +69,8 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = Path(tmp_path_factory.mktemp("server"))
-    for parent in (folder, *folder.parents):  # the user postgres has to come through
-        if parent.owner() != "root" or parent == Path("/"):
-            continue
-        parent.chmod(parent.stat().st_mode | 0o011)
-    with pytest.MonkeyPatch.context() as patch, postgres(folder / "postgres") as database, s3(folder / "s3") as storage:
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch, postgres() as database, s3(folder / "s3") as storage:
         patch.chdir(folder)
         before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source .venv/bin/activate
-export MLFLOW_DISABLE_TELEMETRY=true
+export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 work=$(mktemp -d)
 name=$(python -c 'from dho.config import load; print(load().registry.name)')
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -14,7 +14,8 @@ trap 'kill $server 2>/dev/null || true; wait $server 2>/dev/null || true; rm -rf
 for _ in $(seq 120); do curl -fs "http://127.0.0.1:$port/health" >/dev/null && break; sleep 1; done
 curl -fs "http://127.0.0.1:$port/health" >/dev/null || { cat "$work/server.log" >&2; exit 1; }
 
-dho registry | grep -q champion || dho promote
+dho registry >"$work/versions"
+grep -q champion "$work/versions" || dho promote
 python tests/downstream/images.py "$work/images" "$work/expected.json"
 
 export MLFLOW_TRACKING_URI="http://127.0.0.1:$port"
