@@ -26,5 +26,10 @@ mlflow artifacts download -u "models:/$name@champion" -d "$work/requirements" >/
 cp tests/downstream/predict.py "$work/team/"
 cd "$work/team"
 env -u VIRTUAL_ENV -u PYTHONPATH PATH="$work/team/venv/bin:/usr/bin:/bin" venv/bin/python predict.py "models:/$name@champion" "$work/images" "$work/expected.json"
+python3 -c 'import base64, json, pathlib, sys; image = next(pathlib.Path(sys.argv[1]).iterdir()).read_bytes()
+print(json.dumps({"dataframe_records": [{"image": base64.b64encode(image).decode()}], "params": {"top_k": 2}}))' "$work/images" >request.json
+env -u VIRTUAL_ENV -u PYTHONPATH PATH="$work/team/venv/bin:/usr/bin:/bin" \
+  venv/bin/mlflow models predict -m "models:/$name@champion" -i request.json -t json --env-manager local
+echo
 "$OLDPWD/.uv/bin/uv" pip list -q --python venv/bin/python
 du -sh venv | cut -f1
