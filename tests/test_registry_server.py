@@ -174,8 +174,6 @@ def test_a_server_killed_while_registering_leaves_one_version_and_no_alias_of_a_
 def test_a_server_killed_while_promoting_is_caught_up_by_the_next_promotion(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     client = house.log_in("releaser")
     config = from_dict(to_dict(house.config) | {"registry": {"name": "killed", "rules": {}}})
-    monkeypatch.setattr(claims, "LEASE_S", 3.0)
-    monkeypatch.setattr(claims, "SKEW_S", 0.5)
     whole = MlflowClient.set_registered_model_alias
 
     def die(self: MlflowClient, *arguments: Any) -> None:
@@ -188,6 +186,7 @@ def test_a_server_killed_while_promoting_is_caught_up_by_the_next_promotion(hous
             promote(config, house.tiny.prepared)
     house.server.start()
     assert history(client, "killed") == []
+    monkeypatch.setattr(claims, "SKEW_S", -claims.LEASE_S)  # the claim of the one that died has run out
     assert promote(config, house.tiny.prepared).promoted
     assert [entry["to"] for entry in history(client, "killed")] == ["1"]
     model = client.get_registered_model("killed")
