@@ -1,10 +1,10 @@
 # make repro: the whole workflow. make test: every check. Both need Python 3.11 or newer, git and make, and nothing else.
 SHELL := /bin/bash
 PYTHON ?= python3
-UV_VERSION := 0.13.9
+UV_VERSION := $(shell sed -n "s/^ARG UV_VERSION=//p" Dockerfile)
 RUN := source .venv/bin/activate &&
 
-.PHONY: repro test lint compare bench downstream-test serving-test lock clean
+.PHONY: repro test lint image image-test cluster-test compare bench downstream-test serving-test lock clean
 
 repro: .venv/ready
 	$(RUN) dvc repro
@@ -17,6 +17,18 @@ lint: .venv/ready
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
+	$(RUN) hadolint Dockerfile tests/cluster/images/*/Dockerfile
+
+# The image, with docker or else buildah; then a training and a prediction in it, locked down as in a cluster.
+image:
+	tests/cluster/cluster.sh image
+
+image-test: image
+	tests/cluster/image/test.sh $$(tests/cluster/cluster.sh tag)
+
+# Real Kubernetes on this machine, as root, and the tests on it; with KUBECONFIG and DHO_TEST_CLUSTER=1 on that cluster instead.
+cluster-test: .venv/ready
+	$(RUN) tests/cluster/cluster.sh test
 
 compare: .venv/ready
 	$(RUN) python benchmarks/compare_methods.py

@@ -16,13 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dho.cli import PREPARED, STORE
 from dho.config import load
 from dho.data.index import Index
 from dho.distributed import process_group
 from dho.evaluation import measure, sources
 from dho.head_outputs import HeadOutputs
 from dho.interpolation import search
+from dho.layout import PREPARED, STORE
 from dho.teacher.store import TeacherStore
 from dho.trainer import train
 

@@ -20,11 +20,11 @@ from typing import Any
 import open_clip
 import torch
 
-from dho.cli import PREPARED, STORE
 from dho.config import Config, load
 from dho.data.pixels import Pixels, loader
 from dho.data.streams import Batch, StreamPlan
 from dho.distributed import process_group
+from dho.layout import PREPARED, STORE
 from dho.teacher.vlm import Teacher
 from dho.trainer import Trainer
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from dho.cli import PREPARED, STORE
 from dho.config import Config, load
 from dho.distributed import Process, process_group
+from dho.layout import PREPARED, STORE
 from dho.student import Student
 from dho.trainer import Trainer
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dho.distributed import Process, barrier
+from dho.errors import CheckpointError
 from dho.files import sha256_file, sync, write_atomically, write_tensors
 
 MANIFEST = "manifest.json"
@@ -51,18 +52,46 @@ class Checkpoints:
     Args:
         folder: where they are; made when missing.
         keep: newest ones that stay.
+
+    Attributes:
+        failing: whether the last save found the disk full or away (rank 0).
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.failing = False
 
-    def save(self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process) -> None:
-        """Write the state after `state.step` steps. Every rank must call; rank 0 writes."""
+    def save(self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process, needed: bool = False) -> None:
+        """Write the state after `state.step` steps. Every rank must call; rank 0 writes.
+
+        A disk that is full or away does not end the training: it is said once, the older checkpoints stay, and the next call tries again.
+
+        Raises:
+            CheckpointError: the disk does not take a checkpoint that is `needed`.
+        """
         rng = _gather_rng(process)
         if process.is_main:
-            final = self.folder / f"step-{state.step:08d}"
-            unfinished = self.folder / f".step-{state.step:08d}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                self._write(state, student, optimizer, rng)
+            except OSError as error:
+                if needed:
+                    raise CheckpointError(f"{self.folder} cannot take a checkpoint ({error}); make room there and start again") from error
+                if not self.failing:
+                    print(
+                        f"warning: no checkpoint at step {state.step} ({error}); training goes on, the next one is tried", file=sys.stderr
+                    )
+                self.failing = True
+            else:
+                if self.failing:
+                    print(f"checkpoints are written again, from step {state.step}", file=sys.stderr)
+                self.failing = False
+        barrier()
+
+    def _write(self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]) -> None:
+        final = self.folder / f"step-{state.step:08d}"
+        unfinished = self.folder / f".step-{state.step:08d}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
             unfinished.mkdir(parents=True)
             write_tensors(unfinished / MODEL, {name: value.detach().cpu() for name, value in student.state_dict().items()})
             write_tensors(unfinished / OPTIMIZER, _optimizer_tensors(optimizer, student))
@@ -72,10 +101,12 @@ class Checkpoints:
             write_atomically(unfinished / MANIFEST, json.dumps({"sha256": digests}, indent=2) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             unfinished.replace(final)
-            sync(self.folder)
-            for old in self._all()[self.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        barrier()
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync(self.folder)
+        for old in self._all()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose manifest holds; broken ones are named on standard error."""

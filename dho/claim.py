@@ -38,6 +38,8 @@ PREFIX = "claim."
 class ClaimHeld(DhoError):
     """Another process is changing the registered model."""
 
+    may_pass = True
+
 
 @dataclass
 class Claim:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 import typing
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dho import __version__
-from dho.config import Config, load
+from dho import __version__, cli_registry
+from dho.config import Config, KubernetesConfig, load
 from dho.errors import DhoError
-
-RAW, PREPARED, PRETRAINED, STORE = Path("data/raw"), Path("data/prepared"), Path("data/pretrained"), Path("data/teacher")
-TRAINED, EVALUATED, REGISTERED = Path("outputs/train"), Path("outputs/evaluate"), Path("outputs/register.json")
-CHECKPOINTS = Path("checkpoints")
-REFUSED = 3
-"""Exit code of a promotion or rollback that is refused; nothing was changed then."""
+from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
 
 app = typer.Typer(
     name="dho",
@@ -34,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+job = typer.Typer(help="What the pods of a PyTorchJob run; `dho launch` and k8s/ start these, people do not.", no_args_is_help=True)
+app.add_typer(job, name="job")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
 
@@ -75,6 +73,8 @@ def teach(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace a store that was made from something else.")] = False,
 ) -> None:
     """Run the teacher once over every (image, view) and write the teacher store."""
+    if _on_cluster(params, "teach", STORE):
+        return
     config = _in_torchrun(params, "teach", *(["--rebuild"] if rebuild else []))
     from dho.distributed import process_group
     from dho.teacher.teach import teach
@@ -86,6 +86,8 @@ def teach(
 @app.command()
 def train(params: Params = PARAMS) -> None:
     """Train the student on both streams; interrupted, it goes on where it stopped."""
+    if _on_cluster(params, "train", TRAINED):
+        return
     config = _in_torchrun(params, "train")
     from dho.distributed import process_group
     from dho.trainer import STOPPED, train
@@ -101,7 +103,7 @@ def evaluate(params: Params = PARAMS) -> None:
     """Choose alpha and beta on val, measure both heads, their combination and the teacher, draw the plots."""
     from dho import report
 
-    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, CHECKPOINTS / "unsent")
+    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, UNSENT)
     _print_metrics(metrics)
 
 
@@ -118,7 +120,7 @@ def register(params: Params = PARAMS) -> None:
     if config.registry.promote == "auto":
         from dho.promotion import promote
 
-        _print_decision(promote(config, PREPARED), "champion")
+        cli_registry.print_decision(promote(config, PREPARED), "champion")
 
 
 @app.command()
@@ -167,70 +169,156 @@ def predict(
         raise typer.Exit(1)
 
 
+class Stage(StrEnum):
+    """Stages that also run on a cluster."""
+
+    teach = "teach"
+    train = "train"
+
+
 @app.command()
-def promote(
-    source: Annotated[str, typer.Option("--from", help="Alias or number of the version.")] = "candidate",
-    target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = "champion",
-    params: Params = PARAMS,
+def publish(
+    stage: Annotated[Stage, typer.Option("--for", help="The stage that pods are to run.")] = Stage.train,
+    pin: Annotated[Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/base/pytorchjob.yaml.")] = None,
 ) -> None:
-    """Check a version by the rules of params.yaml (registry.rules) and make it champion; exit code 3 when a rule refuses."""
-    from dho.promotion import PromotionRefused
-    from dho.promotion import promote as decide
+    """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""
+    from dho.revision import pin_manifest
+    from dho.revision import publish as publish_revision
 
-    try:
-        decision = decide(load(params), PREPARED, source, target)
-    except PromotionRefused as refused:
-        print(f"dho: {refused}", file=sys.stderr)
-        raise typer.Exit(REFUSED) from refused
-    _print_decision(decision, target)
-    if not decision.promoted:
-        raise typer.Exit(REFUSED)
+    revision = publish_revision(Path(), stage.value)
+    if pin is not None:
+        pin_manifest(pin, revision)
+    print(revision)
+
+
+Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace of the jobs; default: launch.kubernetes.namespace.")]
 
 
 @app.command()
-def rollback(
-    reason: Annotated[str, typer.Option(help="Why; kept in the tags.")],
-    target: Annotated[str, typer.Option("--to", help="Alias that goes back.")] = "champion",
+def launch(
     params: Params = PARAMS,
+    stage: Annotated[Stage, typer.Option(help="What the job runs.")] = Stage.train,
+    nodes: Annotated[int | None, typer.Option(help="Pods, each on a node of its own where there are enough.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs, and processes, a node; without it: CPUs, one process a node.")] = None,
+    elastic: Annotated[str | None, typer.Option(help="MIN:MAX nodes with which training goes on.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Kueue's LocalQueue.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image of the pods.")] = None,
+    namespace: Namespace = None,
+    name: Annotated[str | None, typer.Option(help="Of the job; default: dho-STAGE-REVISION.")] = None,
+    revision: Annotated[str | None, typer.Option(help="As `dho publish` printed it; default: publish this folder now.")] = None,
+    start_timeout: Annotated[float, typer.Option(help="Seconds in which the job must start.", min=1)] = 600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifests and send nothing.")] = False,
 ) -> None:
-    """Give the champion's alias back to the version that had it before."""
-    from dho.promotion import PromotionRefused
-    from dho.promotion import rollback as go_back
+    """Run a stage as a PyTorchJob on Kubernetes and follow it; options win over launch.kubernetes in params.yaml.
 
-    config = load(params)
-    try:
-        old, new = go_back(config, reason, target)
-    except PromotionRefused as refused:
-        print(f"dho: {refused}", file=sys.stderr)
-        raise typer.Exit(REFUSED) from refused
-    print(f"rollback: models:/{config.registry.name}@{target} is version {new} again, no longer {old}")
+    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C; then it goes on.
+    """
+    from dho.cluster.launcher import launch_of, prepare, published
+    from dho.cluster.manifest import to_yaml
 
+    settings = _kubernetes(params)
+    given: dict[str, Any] = {"nodes": nodes, "gpus": gpus, "elastic": elastic, "queue": queue, "image": image, "namespace": namespace}
+    settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
+    wanted = dataclasses.replace(launch_of(settings, stage.value), name=name, revision=revision)
+    documents = prepare(wanted)
+    if dry_run:
+        print(to_yaml(documents), end="")
+        return
+    from dho.cluster.api import connect
+    from dho.cluster.follow import follow
 
-@app.command()
-def registry(params: Params = PARAMS) -> None:
-    """List the versions with their aliases and metrics, and the story of promotions and rollbacks."""
-    from dho.listing import listing
-
-    columns, rows, story = listing(load(params))
-    shown = Table(*columns)
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
-    for line in story:
-        print(line)
+    cluster = connect(settings.namespace)
+    wanted = published(wanted, Path())
+    cluster.submit(prepare(wanted))
+    print(f"launch: {wanted.name} in namespace {settings.namespace}, revision {wanted.revision}", flush=True)
+    raise typer.Exit(follow(cluster, str(wanted.name), start_timeout))
 
 
 @app.command()
-def lineage(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")], params: Params = PARAMS) -> None:
-    """Print what made a registered version, and the commands that make it again."""
-    from dho.lineage import lineage as trace
+def jobs(params: Params = PARAMS, namespace: Namespace = None) -> None:
+    """List the jobs of this project on the cluster."""
+    from dho.cluster.api import phase, replicas
 
-    facts, commands = trace(load(params).tracking, model)
-    for key, value in facts.items():
-        print(f"{key}: {value}")
-    print("\nTo make it again, in a clone of the repository:")
-    for command in commands:
-        print(f"    {command}")
+    table = Table("job", "phase", "nodes", "since")
+    for found in _cluster(params, namespace).jobs():
+        metadata = found["metadata"]
+        table.add_row(metadata["name"], phase(found), str(replicas(found)), metadata["creationTimestamp"])
+    Console().print(table)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="Of the job.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, as `dho launch` does.")] = False,
+    pod: Annotated[str | None, typer.Option(help="master-0, worker-3, ...; default: the one with rank 0.")] = None,
+    params: Params = PARAMS,
+    namespace: Namespace = None,
+) -> None:
+    """Print the log of a job's rank 0."""
+    from dho.cluster.api import rank_zero
+    from dho.cluster.follow import follow as follow_job
+
+    cluster = _cluster(params, namespace)
+    if (found := cluster.job(name)) is None:
+        raise cluster.no_job(name)
+    if follow:
+        raise typer.Exit(follow_job(cluster, name))
+    print(cluster.log(f"{name}-{pod}" if pod else rank_zero(found)), end="")
+
+
+@app.command()
+def stop(name: Annotated[str, typer.Argument(help="Of the job.")], params: Params = PARAMS, namespace: Namespace = None) -> None:
+    """Delete a job; its pods write a checkpoint first, and the same job launched again goes on from there."""
+    _cluster(params, namespace).delete(name)
+    print(f"stop: {name} is being deleted; its checkpoints stay")
+
+
+def _cluster(params: Path, namespace: str | None) -> Any:
+    from dho.cluster.api import connect
+
+    return connect(namespace or _kubernetes(params).namespace)
+
+
+def _kubernetes(params: Path) -> KubernetesConfig:
+    """`launch.kubernetes`; its defaults in a folder without params.yaml, where jobs can be looked at as well."""
+    return load(params).launch.kubernetes if params.exists() or params != PARAMS else KubernetesConfig()
+
+
+@job.command("pull")
+def job_pull(stage: Annotated[Stage, typer.Option("--for", help="The stage that will run.")] = Stage.train) -> None:
+    """Bring parameters and data of revision DHO_REVISION from the DVC remote DHO_REMOTE into this folder."""
+    from dho.revision import Remote, fetch
+
+    fetch(Remote.of_environment(), os.environ.get("DHO_REVISION", ""), Path(), stage.value)
+
+
+@job.command("train")
+def job_train(params: Params = PARAMS) -> None:
+    """Train under torchrun; rank 0 then evaluates, registers and pushes the results to the DVC remote."""
+    config = _in_torchrun(params, "job", "train")
+    from dho.distributed import process_group
+    from dho.job import train_in_pod
+    from dho.trainer import STOPPED
+
+    with process_group() as process:
+        finished = train_in_pod(config, process)
+    if not finished:
+        raise typer.Exit(STOPPED)
+
+
+@job.command("teach")
+def job_teach(params: Params = PARAMS) -> None:
+    """Write the teacher store under torchrun, each rank its shards; rank 0 then pushes it to the DVC remote."""
+    config = _in_torchrun(params, "job", "teach")
+    from dho.distributed import process_group
+    from dho.job import teach_in_pod
+
+    with process_group() as process:
+        teach_in_pod(config, process)
+
+
+for command in (cli_registry.promote, cli_registry.rollback, cli_registry.registry, cli_registry.lineage):
+    app.command()(command)
 
 
 @app.command()
@@ -259,6 +347,18 @@ def _short(value: Any) -> str:
     return text if len(text) < 40 else text[:36] + " ..."
 
 
+def _on_cluster(params: Path, stage: str, out: Path) -> bool:
+    """Whether params.yaml sends a stage to a cluster; it has then run there, and its outputs are in `out`."""
+    config = load(params)
+    if config.launch.target != "kubernetes":
+        return False
+    from dho.cluster.launcher import run_stage
+    from dho.revision import collect
+
+    collect(Path(), run_stage(config, stage), stage, out)
+    return True
+
+
 def _in_torchrun(params: Path, *command: str) -> Config:
     """The config, read in a process of torchrun; when torchrun has not started this process, start it and never return."""
     from dho.launch import exec_torchrun, under_torchrun
@@ -267,19 +367,6 @@ def _in_torchrun(params: Path, *command: str) -> Config:
     if not under_torchrun():
         exec_torchrun(config, [*command, "--params", str(params)])
     return config
-
-
-def _print_decision(decision: Any, target: str) -> None:
-    """The table of rules of a promotion, and its outcome."""
-    if decision.checks:
-        shown = Table("rule", "value", "limit", "verdict")
-        for check in decision.checks:
-            shown.add_row(check.rule, check.value, check.limit, check.verdict)
-        Console().print(shown)
-    if decision.promoted:
-        print(f"promote: models:/{decision.name}@{target} is version {decision.version}")
-    else:
-        print(f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: " + "; ".join(decision.reasons))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
@@ -297,10 +384,13 @@ def main(*arguments: str) -> None:
     Args:
         arguments: what to run instead of the command line's words (pipelines/).
     """
+    from dho.launch import under_torchrun
+
     try:
         app(list(arguments) or None)
     except DhoError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # In a pod RANK is the node's number until torchrun has started: only then do other ranks leave the word to rank 0.
+        if not under_torchrun() or os.environ["RANK"] == "0":
             print(f"dho: {error}", file=sys.stderr)
         sys.exit(1)
 

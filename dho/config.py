@@ -243,11 +243,25 @@ class RegistryConfig:
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """How stages `teach` and `train` are started on this machine; results do not depend on it beyond BatchNorm's batches."""
+class KubernetesConfig:
+    """The job that stages `teach` and `train` become where launch.target is kubernetes; everything else about it stands in k8s/."""
 
+    namespace: str = setting("dho", "Namespace of the job.")
+    nodes: int = setting(2, "Pods, each on a node of its own where there are enough.", low=1)
+    gpus: int | None = setting(None, "GPUs, and processes, a node; null trains on CPUs with one process a node.", low=1)
+    elastic: str | None = setting(None, "Fewest and most nodes with which training goes on, as in 1:4; null always needs all of them.")
+    queue: str | None = setting(None, "Kueue's LocalQueue that admits the job.")
+    image: str | None = setting(None, "Image of the pods; null takes that of k8s/base.")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How stages `teach` and `train` are started; results do not depend on it beyond BatchNorm's batches."""
+
+    target: str = setting("local", "Where stages teach and train run.", choices=("local", "kubernetes"))
     workers: int = setting(1, "Data-loading processes on each rank; 0 loads in the process itself.", low=0)
-    processes: int | None = setting(None, "torchrun processes; null is one a GPU, or 1 without a GPU.", low=1)
+    processes: int | None = setting(None, "torchrun processes on this machine; null is one a GPU, or 1 without a GPU.", low=1)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SILENCE = timedelta(minutes=5)
+"""How long ranks wait for one that says nothing (a node that lost power closes no connection) before the training ends with an error."""
+LONGEST_FINISH = timedelta(hours=2)
+"""How long the other ranks wait while rank 0 alone finishes a job."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def process_group() -> Iterator[Process]:
     if alone:
         yield Process(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=SILENCE)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -56,6 +63,17 @@ def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def others_wait(process: Process) -> Iterator[None]:
+    """At the end of the body all ranks have finished theirs, however long one takes; a rank that ends with an error ends the others."""
+    if process.world_size == 1:
+        yield
+        return
+    group: Any = dist.new_group(backend="gloo", timeout=LONGEST_FINISH)
+    yield
+    dist.barrier(group)
 
 
 def gather_rows(rows: Tensor, process: Process) -> Tensor | None:

@@ -2,7 +2,13 @@
 
 
 class DhoError(Exception):
-    """Something the user can mend: what is wrong, where, what to do."""
+    """Something the user can mend: what is wrong, where, what to do.
+
+    Attributes:
+        may_pass: whether the same may work a while later (a server that is down), so that a job in a cluster waits and tries again.
+    """
+
+    may_pass = False
 
 
 class ConfigError(DhoError):
@@ -19,3 +25,26 @@ class StoreMismatch(DhoError):
 
 class TrackingError(DhoError):
     """The MLflow server cannot be reached or refuses."""
+
+    may_pass = True
+
+
+class CheckpointError(DhoError):
+    """The disk for checkpoints cannot take one."""
+
+
+class ClusterError(DhoError):
+    """A job that Kubernetes could not run, or an API server that cannot be reached or refuses."""
+
+
+class RemoteError(DhoError):
+    """The DVC remote (S3) cannot be reached, refuses, or does not hold what is asked for.
+
+    Args:
+        message: the one line.
+        may_pass: whether asking again later may help.
+    """
+
+    def __init__(self, message: str, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,9 +20,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file (CPU tensors, made contiguous), whole or not at all."""
+    """Write a safetensors file (CPU tensors, made contiguous), whole or not at all; raises `OSError` where the system refuses."""
     with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager

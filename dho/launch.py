@@ -1,7 +1,7 @@
 """Start this same command again under torchrun: one process a GPU, or as many as `launch.processes` says.
 
-In a pod the training operator has already said how many nodes and processes there are (PET_* variables, which torchrun reads), so nothing
-is added there.
+In a pod the training operator has already said how many nodes and processes there are (PET_* variables, which torchrun reads); the manifest
+says how many CPUs it asks for (CPUS).
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ def exec_torchrun(config: Config, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run"]
     if "PET_NNODES" not in os.environ:
         command += ["--standalone", "--nproc-per-node", str(config.launch.processes or _devices())]
+    elif cpus := os.environ.get("CPUS"):
+        # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
+        processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // processes)))
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "dho", *arguments])
 

@@ -1,9 +1,10 @@
-"""Progress bars with rate and time left; silent when the output is not a terminal."""
+"""Progress: bars with rate and time left on a terminal; elsewhere, of a training, a plain line now and then."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -32,6 +33,26 @@ def bar(show: bool = True) -> Progress:
         console=Console(stderr=True),
         disable=not (show and sys.stderr.isatty()),
     )
+
+
+LINE_EVERY_S = 5.0
+
+
+def progress_lines(show: bool = True) -> Callable[[int, int, float, float], None]:
+    """What the bar says, for logs: called with step, steps, loss and images/s, it prints at most one line in `LINE_EVERY_S` seconds.
+
+    `dho launch` reads these lines of a pod's log. On a terminal, where there is a bar, nothing is printed.
+    """
+    last = -LINE_EVERY_S
+
+    def line(step: int, steps: int, loss: float, images_per_s: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if show and not sys.stderr.isatty() and (now - last >= LINE_EVERY_S or step == steps):
+            print(f"train: step {step}/{steps} loss {loss:.3f} {images_per_s:.0f} images/s", flush=True)
+            last = now
+
+    return line
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, unit: int = 1, show: bool = True) -> Iterator[T]:

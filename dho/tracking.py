@@ -54,8 +54,9 @@ class Tracker:
         except OSError as error:
             raise TrackingError(f"{self._spool}: cannot be written ({error.strerror}); metrics need it while MLflow is down") from error
         content = self._spool.read_bytes()
-        if content and not content.endswith(b"\n"):
-            self._file.write(b"\n")  # ends the line during which an earlier process was killed
+        # What is not in the spool yet; first the end of a line during which an earlier process was killed.
+        self._unspooled = bytearray(b"\n" if content and not content.endswith(b"\n") else b"")
+        self._disk_full, self._spooling = False, threading.Lock()
         self._sent = 0  # bytes
         with contextlib.suppress(OSError, ValueError):
             self._sent = min(int(self._acknowledged.read_text()), len(content))
@@ -106,12 +107,26 @@ class Tracker:
         return tracker
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Append metrics to the spool, from where they are sent in the background. MLflow's state can neither delay nor fail this."""
+        """Append metrics to the spool, from where they are sent in the background. MLflow's state can neither delay nor fail this.
+
+        While the spool's disk is full they wait in memory, and reach the spool with the first call after there is room.
+        """
         line = {"step": step, "timestamp": time.time_ns() // 1_000_000, "metrics": {key: float(value) for key, value in metrics.items()}}
+        with self._spooling:
+            self._unspooled += json.dumps(line).encode() + b"\n"
+            self._spool_more()
+
+    def _spool_more(self) -> None:
+        """Move what waits in memory to the spool, as far as the disk takes it; call with `_spooling` held."""
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            while self._unspooled:
+                del self._unspooled[: self._file.write(self._unspooled)]
         except OSError as error:
-            log.warning("%s: metrics of step %d are lost (%s)", self._spool, step, error.strerror)
+            if not self._disk_full:
+                log.warning("%s: %s; metrics wait in memory", self._spool, error.strerror)
+            self._disk_full = True
+        else:
+            self._disk_full = False
 
     def last_recorded(self, prefix: str) -> int:
         """Largest step at which a metric of this prefix is in the spool (of this process or an earlier one); -1 for none."""
@@ -196,6 +211,8 @@ class Tracker:
             self._file.close()
         if not self._ended:
             lines = self._spool.read_bytes()[self._sent :].count(b"\n")
+            if self._unspooled:
+                log.warning("%s: the disk is full, %d lines of metrics are lost", self._spool, self._unspooled.count(b"\n"))
             unsent = f"{lines} lines of metrics and status {status} of run {self.run_id} are unsent ({self._failure})"
             log.warning("MLflow at %s: %s; the next start or stage sends the metrics from %s", shown(self._uri), unsent, self._spool)
 
@@ -209,6 +226,9 @@ class Tracker:
         """The background thread: system metrics when they are due, and whatever is in the spool."""
         sample_at, try_at, pause = time.monotonic() + self._every, 0.0, 1.0
         while not self._stop.wait(TICK_S):
+            if self._unspooled:
+                with self._spooling:
+                    self._spool_more()
             now = time.monotonic()
             if now >= sample_at:
                 self._sample()
@@ -220,7 +240,10 @@ class Tracker:
                     try_at, pause = now + pause, min(2 * pause, LONGEST_PAUSE_S)
         self._sample()
         while time.monotonic() < self._deadline and not self._ended:
-            if not self._send(known_down=True, last=True):
+            with self._spooling:
+                self._spool_more()
+            # The run's status is its last word, so it waits for metrics that the disk has not taken.
+            if self._unspooled or not self._send(known_down=True, last=True):
                 time.sleep(TICK_S)
 
     def _send(self, known_down: bool, last: bool = False) -> bool:
@@ -231,7 +254,9 @@ class Tracker:
                 if end == self._sent:
                     break
                 self._deliver(metrics)
-                write_atomically(self._acknowledged, str(end))
+                # On a full disk the note of it fails; then a restart sends these again, which the server takes for the same points.
+                with contextlib.suppress(OSError):
+                    write_atomically(self._acknowledged, str(end))
                 self._sent, self._batch = end, min(2 * self._batch, BATCH_METRICS)
             if last:
                 self._client.set_terminated(self.run_id, self._status)

@@ -14,7 +14,7 @@ import csv
 import io
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from dho.checkpoint import Checkpoints, State
 from dho.config import Config, digest, flatten, to_dict
 from dho.data.index import Index
 from dho.data.streams import Batch, Streams
-from dho.distributed import Process, StopFlag, barrier, mean_over_ranks, part
+from dho.distributed import Process, StopFlag, barrier, mean_over_ranks, others_wait, part
 from dho.evaluation import quick
 from dho.files import write_atomically
 from dho.head_outputs import HeadOutputs, head_outputs
-from dho.progress import bar
+from dho.progress import bar, progress_lines
 from dho.provenance import source_tags
 from dho.schedule import learning_rate_share
 from dho.student import StudentCard, save_student
@@ -87,8 +87,12 @@ class Trainer:
         precision = config.train.precision
         self.bf16 = precision == "bf16" or (precision == "auto" and process.device.type == "cuda")
 
-    def run(self) -> bool:
-        """Train to the end, or to the next step after a signal; True when finished."""
+    def run(self, then: Callable[[], None] | None = None) -> bool:
+        """Train to the end, or to the next step after a signal; True when finished.
+
+        Args:
+            then: called on rank 0 once the results are written, while the other ranks wait and the last checkpoint still stands.
+        """
         with self._signals(), self._tracker() as tracker:
             try:
                 finished = self.loop(tracker)
@@ -100,14 +104,20 @@ class Trainer:
                 if tracker is not None:
                     tracker.close("KILLED")
                 return False
+            self._checkpoint()
             self._write_results()
-        self.checkpoints.remove()
+        with others_wait(self.process):
+            if then is not None and self.process.is_main:
+                then()
+        if self.process.is_main:
+            self.checkpoints.remove()
         return True
 
     def loop(self, tracker: Tracker | None) -> bool:
         """The steps from `state.step` to the last; True when all are done, False when stopped by a signal."""
         train, state, steps = self.config.train, self.state, self.streams.steps
         meter = _Meter(self.process, state)
+        said = progress_lines(self.process.is_main)
         with bar(self.process.is_main) as shown:
             line = shown.add_task(f"train {train.method}", total=steps, completed=state.step, note="")
             for step, batch in meter.timed(self.streams.from_step(state.step)):
@@ -121,6 +131,7 @@ class Trainer:
                     metrics = meter.read() | {"train/learning_rate": rate, "train/epoch": state.step / self.streams.plan.steps_per_epoch}
                     self._log(tracker, metrics)
                     shown.update(line, note=f"loss {metrics['train/loss/total']:.3f}")
+                    said(state.step, steps, metrics["train/loss/total"], metrics["system/images_per_s"])
                 if ends_epoch:
                     self._end_epoch(tracker)
                 stop = self.stop.agreed()
@@ -222,8 +233,8 @@ class Trainer:
         state.world_size = self.process.world_size
         return state
 
-    def _checkpoint(self) -> None:
-        self.checkpoints.save(self.state, self.student, self.optimizer, self.process)
+    def _checkpoint(self, needed: bool = False) -> None:
+        self.checkpoints.save(self.state, self.student, self.optimizer, self.process, needed)
 
     def _log(self, tracker: Tracker | None, metrics: dict[str, float]) -> None:
         """Record metrics at the present step, unless this run did so before it was restarted from an earlier checkpoint."""
@@ -234,6 +245,8 @@ class Trainer:
     @contextlib.contextmanager
     def _tracker(self) -> Iterator[Tracker | None]:
         """The MLflow run on rank 0 (None elsewhere); a new run's id goes into a checkpoint before the first step."""
+        if self.state.step == 0:
+            self._checkpoint(needed=True)  # a disk that takes none is found out before there is a run
         if self.process.is_main:
             train, splits = self.config.train, self.config.data.splits
             labels = "all" if splits.shots is None and splits.labelled_fraction is None else splits.shots or splits.labelled_fraction
@@ -251,7 +264,7 @@ class Trainer:
                 tracker.log_input(self.index.name, self.index.fingerprint, str(self.index.folder), "training")
                 tracker.log_input("teacher store", self.store.fingerprint, str(self.store.folder), "training")
         if self.state.step == 0:
-            self._checkpoint()
+            self._checkpoint(needed=True)
         if not self.process.is_main:
             yield None
             return
@@ -336,6 +349,8 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def train(config: Config, prepared: Path, store: Path, out: Path, checkpoints: Path, process: Process) -> bool:
+def train(
+    config: Config, prepared: Path, store: Path, out: Path, checkpoints: Path, process: Process, then: Callable[[], None] | None = None
+) -> bool:
     """Train one student (Algorithm 1) and write it, its head outputs and its history to `out`; True when it finished."""
-    return Trainer(config, prepared, store, out, checkpoints, process).run()
+    return Trainer(config, prepared, store, out, checkpoints, process).run(then)

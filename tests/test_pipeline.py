@@ -211,6 +211,9 @@ def test_an_unknown_parameter_is_one_line_and_stops_the_stage(project: Path) -> 
     run(project, "git", "checkout", "params.yaml")
 
 
+SECRETS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """A real S3 server (SeaweedFS) on loopback with one user; yields its address."""
@@ -254,25 +257,91 @@ def s3_server(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def test_data_teacher_store_and_student_travel_by_s3(project: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def storage(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The project, back at its first commit, with an S3 server as its default DVC remote; the server's address."""
     import boto3
 
     run(project, "git", "checkout", "params.yaml", "dvc.lock")
     run(project, "dvc", "checkout", "--force")
-    with s3_server(tmp_path / "s3") as address:
-        secrets = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with s3_server(tmp_path_factory.mktemp("storage") / "s3") as address:
         client = boto3.client("s3", endpoint_url=address, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1")
         client.create_bucket(Bucket="dho")
         run(project, "dvc", "remote", "add", "--default", "storage", "s3://dho/cache")
         run(project, "dvc", "remote", "modify", "storage", "endpointurl", address)
-        run(project, "dvc", "push", **secrets)
+        yield address
 
-        other = tmp_path / "other"
-        run(tmp_path, "git", "clone", "-q", str(project), str(other))
-        shutil.copy(project / ".dvc/config", other / ".dvc/config")
-        run(other, "dvc", "pull", "data/prepared", "data/teacher", "outputs/train/student", **secrets)
-        for name in ("data/prepared/index.parquet", "data/teacher/meta.json", "outputs/train/student/model.safetensors"):
-            assert (other / name).read_bytes() == (project / name).read_bytes()
-        run(other, "dvc", "pull", **secrets)
-        # What is left to do elsewhere is only that place's own registry.
-        assert ran(run(other, "dvc", "repro", "evaluate")) == []
+
+@pytest.mark.usefixtures("storage")
+def test_data_teacher_store_and_student_travel_by_s3(project: Path, tmp_path: Path) -> None:
+    run(project, "dvc", "push", **SECRETS)
+    other = tmp_path / "other"
+    run(tmp_path, "git", "clone", "-q", str(project), str(other))
+    shutil.copy(project / ".dvc/config", other / ".dvc/config")
+    run(other, "dvc", "pull", "data/prepared", "data/teacher", "outputs/train/student", **SECRETS)
+    for name in ("data/prepared/index.parquet", "data/teacher/meta.json", "outputs/train/student/model.safetensors"):
+        assert (other / name).read_bytes() == (project / name).read_bytes()
+    run(other, "dvc", "pull", **SECRETS)
+    # What is left to do elsewhere is only that place's own registry.
+    assert ran(run(other, "dvc", "repro", "evaluate")) == []
+
+
+def pod(storage: str, revision: str, **more: str) -> dict[str, str]:
+    """What a pod's ConfigMap and Secret say."""
+    return SECRETS | {"DHO_REMOTE": "s3://dho/cache", "AWS_ENDPOINT_URL": storage, "DHO_REVISION": revision} | more
+
+
+@pytest.mark.parametrize("stage", ["teach", "train"])
+def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: Path, storage: str, stage: str, tmp_path: Path) -> None:
+    from dho.revision import collect
+
+    revision = run(project, "dho", "publish", "--for", stage, **SECRETS).splitlines()[-1]
+    assert run(project, "dho", "publish", "--for", stage, **SECRETS).splitlines()[-1] == revision
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = pod(storage, revision, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}", GIT_COMMIT="0" * 40)
+    run(work, "dho", "job", "pull", "--for", stage, **environment)
+    run(work, "dho", "job", "pull", "--for", stage, **environment)
+    output = run(work, "dho", "job", stage, **environment)
+    if stage == "train":
+        metrics = json.loads((project / "outputs/evaluate/metrics.json").read_text())
+        assert f"models:/dho-student/1, top-1 {100 * metrics['test']['combined']['top1']:.2f} % on test" in output
+        assert "train: step" in output
+    out = tmp_path / "collected"
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in SECRETS.items():
+            patched.setenv(name, value)
+        collect(project, revision, stage, out)
+    made = {"teach": project / "data/teacher", "train": project / "outputs/train"}[stage]
+    same = [
+        path.relative_to(made) for path in made.rglob("*") if path.is_file() and path.suffix in (".npy", ".safetensors", ".csv", ".npz")
+    ]
+    assert len(same) >= 3
+    for path in same:
+        if path.suffix == ".npz":  # a zip holds the time of writing
+            mine, theirs = np.load(made / path), np.load(out / path)
+            assert all(np.array_equal(mine[key], theirs[key]) for key in mine.files)
+        else:
+            assert (out / path).read_bytes() == (made / path).read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"DHO_REVISION": "0" * 64}, "NoSuchKey"),
+        ({"DHO_REVISION": "latest"}, "expected 64 hex digits"),
+        ({"DHO_REMOTE": "/mnt/data"}, "s3://bucket/prefix"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "check the S3 credentials"),
+    ],
+)
+def test_a_pod_that_cannot_pull_says_why_in_one_line(storage: str, tmp_path: Path, changed: dict[str, str], words: str) -> None:
+    output = run(tmp_path, "dho", "job", "pull", ok=False, **(pod(storage, "0" * 64) | changed))
+    assert words in output and output.count("\n") == 1 and output.startswith("dho: ")
+
+
+@pytest.mark.usefixtures("storage")
+def test_pin_writes_the_revision_into_a_manifest_and_nothing_else(project: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text('data:\n  DHO_REVISION: ""  \n  other: "1"\n')
+    revision = run(project, "dho", "publish", "--pin", str(manifest), **SECRETS).splitlines()[-1]
+    assert manifest.read_text() == f'data:\n  DHO_REVISION: "{revision}"\n  other: "1"\n'

@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -248,6 +249,23 @@ def test_refused_metric_does_not_hold_up_the_others(config: TrackingConfig, tmp_
     assert history(tracker, "before") == history(tracker, "after") == [(step, float(step)) for step in range(5)]
     warnings = [record.getMessage() for record in caplog.records if "refuses" in record.getMessage()]
     assert len(warnings) == 1 and "'what?'" in warnings[0]
+
+
+def test_metrics_wait_in_memory_while_the_disk_is_full(config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Tracker.open(config, tmp_path) as tracker:
+        tracker.log_metrics({"train/loss": 1.0}, 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # The kernel takes half of the next line and refuses the rest, as a disk that fills up does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / f"{tracker.run_id}.jsonl").stat().st_size + 20, hard))
+        try:
+            for step in range(2, 50):
+                tracker.log_metrics({"train/loss": 1 / step}, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "metrics wait in memory" in caplog.text
+        tracker.log_metrics({"train/loss": 0.0}, 50)
+    assert [step for step, _ in history(tracker, "train/loss")] == list(range(1, 51))
+    assert "lost" not in caplog.text
 
 
 def test_restart_continues_the_same_run(config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

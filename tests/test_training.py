@@ -183,6 +183,34 @@ def test_two_processes_train_on_the_same_batches_as_one(tiny: Tiny, tmp_path: Pa
         np.testing.assert_allclose(one[head], two[head], rtol=2e-3, atol=2e-3)
 
 
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_neither_the_training_nor_a_metric(
+    pair: tuple[int, Path, Path, str], tiny: Tiny, tmp_path: Path
+) -> None:
+    processes, whole, _, _ = pair
+    folder = workplace(tiny, tmp_path / "w")
+    training = start(folder, processes)
+    checkpoint_after(folder, training, 4)
+    trainers = [child for child in psutil.Process(training.pid).children() if "dho" in child.cmdline()]
+    assert len(trainers) == processes
+    unlimited = trainers[0].rlimit(psutil.RLIMIT_FSIZE)
+    for trainer in trainers:
+        trainer.rlimit(psutil.RLIMIT_FSIZE, (100, unlimited[1]))
+    time.sleep(1)
+    before = newest(folder)
+    time.sleep(1)
+    assert newest(folder) == before, "checkpoints went on although no file could grow beyond 100 bytes"
+    for trainer in trainers:
+        trainer.rlimit(psutil.RLIMIT_FSIZE, unlimited)
+    output = finish(training)
+    assert output.count("warning: no checkpoint at step") == 1 and "checkpoints are written again" in output
+    assert (whole / "outputs/train/history.csv").read_bytes() == (folder / "outputs/train/history.csv").read_bytes()
+    client = MlflowClient(tiny.tree["tracking"]["uri"])
+    ((run,), (undisturbed,)) = runs_of(tiny, folder), runs_of(tiny, whole)
+    for name in ("train/loss/ce", "val/combined/top1"):
+        steps = [[m.step for m in client.get_metric_history(r.info.run_id, name)] for r in (run, undisturbed)]
+        assert sorted(steps[0]) == sorted(steps[1])
+
+
 def test_mlflow_down_at_the_start_is_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
     folder = workplace(tiny, tmp_path / "w")
     environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}

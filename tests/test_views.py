@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Tiny
 
 from dho.config import ViewsConfig
@@ -62,6 +63,16 @@ def test_another_process_with_another_hash_seed_gets_the_same_views() -> None:
 def test_loader_processes_get_the_same_views(workers: int) -> None:
     np.random.seed(workers)
     assert list(loader(boxes_of, 3, 11, workers)) == [boxes_of(number) for number in range(3, 11)]
+
+
+def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
+    pixels, fresh = (Pixels(tiny.index, tiny.config.views, 16, "bilinear") for _ in range(2))
+    rows, views = [3, 1, 3], [0, 1, 1]
+    first = pixels.batch(rows, views, keep=True)
+    first_again = pixels.batch(rows, views, keep=True)
+    assert torch.equal(first, first_again) and torch.equal(first, fresh.batch(rows, views))
+    first.zero_()  # a batch is the caller's to change
+    assert torch.equal(pixels.batch(rows, views), first_again)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,16 @@ class Pixels:
     views: ViewsConfig
     size: int
     interpolation: str
+    _kept: dict[tuple[int, int | None], np.ndarray[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
 
-    def batch(self, rows: Sequence[int] | np.ndarray[Any, Any], view: int | Sequence[int] | np.ndarray[Any, Any] | None) -> Tensor:
+    def batch(
+        self, rows: Sequence[int] | np.ndarray[Any, Any], view: int | Sequence[int] | np.ndarray[Any, Any] | None, keep: bool = False
+    ) -> Tensor:
         """uint8 [n, size, size, 3]: of each row the view with its number (one for all, or one each), or the centre view for None.
+
+        Args:
+            rows, view: which.
+            keep: remember what is rendered, in this process, for rows that come again and again.
 
         Raises:
             DataError: an image cannot be decoded although `prepare` could (the shard was changed).
@@ -43,7 +50,13 @@ class Pixels:
         numbers = view if isinstance(view, Sequence | np.ndarray) else [view] * len(rows)
         out = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+            place = (int(row), number)
+            if place in self._kept:
+                out[i] = self._kept[place]
+                continue
             self._render(int(row), [number], out[i : i + 1])
+            if keep:
+                self._kept[place] = out[i].copy()
         return torch.from_numpy(out)
 
     def all_views(self, rows: Sequence[int] | np.ndarray[Any, Any], count: int | None) -> Tensor:

@@ -29,6 +29,9 @@ from dho.distributed import Process, part
 from dho.errors import ConfigError
 from dho.teacher.store import TeacherStore
 
+KEEP_BYTES = 256 * 2**20
+"""Views of the labelled images that a loading process may keep; the few labels come again in every other step."""
+
 Batch = dict[str, dict[str, Tensor]]
 Rows = npt.NDArray[np.int64]
 
@@ -156,7 +159,8 @@ def _load(
         rows, views = plan.labelled_at(step) if name == "labelled" else plan.unlabelled_at(step)
         mine = part(len(rows), rank, world_size)
         rows, views = rows[mine.start : mine.stop], views[mine.start : mine.stop]
-        entries: dict[str, Any] = {"pixels": pixels.batch(rows, views), "embedding": torch.from_numpy(store.embeddings(rows, views))}
+        keep = name == "labelled" and len(plan.labelled) * plan.views * pixels.size**2 * 3 <= KEEP_BYTES
+        entries: dict[str, Any] = {"pixels": pixels.batch(rows, views, keep), "embedding": torch.from_numpy(store.embeddings(rows, views))}
         if name == "labelled":
             entries["label"] = torch.from_numpy(labels[rows])
         batch[name] = entries

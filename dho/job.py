@@ -1,0 +1,51 @@
+"""What a pod of a PyTorchJob runs, in its working folder (k8s/base/pytorchjob.yaml).
+
+    dho job pull                # init container: parameters and data of the pinned revision
+    dho job train               # main container: torchrun; then rank 0 evaluates, registers and gives the results back
+    dho job teach               # the same for the teacher store
+
+Killed, evicted or moved to another node, a pod goes on where the job's checkpoints (or the store's shards) are; they are on the one volume
+that all pods share. The exit code is 0 only when all of it is done.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dho import report
+from dho.config import Config
+from dho.distributed import Process, others_wait
+from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
+from dho.lineage import Sources
+from dho.patience import patiently
+from dho.registry import register
+from dho.revision import Remote, give_back
+from dho.teacher.teach import teach
+from dho.trainer import train
+
+
+def train_in_pod(config: Config, process: Process) -> bool:
+    """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
+
+    def then() -> None:
+        metrics = patiently(lambda: report.evaluate(config, PREPARED, STORE, TRAINED, EVALUATED, UNSENT))
+        sources = Sources(PREPARED, STORE, EVALUATED / "plots")
+        done = patiently(lambda: register(config, TRAINED / "student", EVALUATED / report.METRICS, REGISTERED, sources))
+        outputs = {name: TRAINED / name for name in ("student", "head_outputs", "history.csv")}
+        give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
+        top1 = 100 * metrics["test"]["combined"]["top1"]
+        print(f"train: models:/{done['name']}/{done['version']}, top-1 {top1:.2f} % on test", flush=True)
+
+    return train(config, PREPARED, STORE, TRAINED, CHECKPOINTS, process, then)
+
+
+def teach_in_pod(config: Config, process: Process) -> None:
+    """Write the teacher store on the shared volume, each rank its shards; on rank 0 then give it back. Every rank must call."""
+    revision = os.environ["DHO_REVISION"]
+    store = CHECKPOINTS / f"teacher-{revision[:16]}"
+    teach(config, PREPARED, store, process)
+    with others_wait(process):
+        if process.is_main:
+            give_back(Remote.of_environment(), revision, Path(), "teach", {path.name: path for path in sorted(store.iterdir())})
+            print(f"teach: the store is in the remote, {sum(path.stat().st_size for path in store.iterdir()) / 1e6:.1f} MB", flush=True)

@@ -1,0 +1,3 @@
+module dho.test/pause
+
+go 1.26.0

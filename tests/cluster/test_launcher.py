@@ -1,0 +1,209 @@
+"""`dho launch` against the real cluster: jobs that cannot start are explained, a job of 64 nodes is followed by watching, jobs are listed
+and stopped. What it does while nodes and servers are lost is in test_training.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from cluster import ROOT, USER, Cluster
+
+REVISION = "a" * 64
+NOT_STARTED, INTERRUPTED = 4, 130
+START_S = 60
+QUOTA = {"kind": "ResourceQuota", "apiVersion": "v1", "metadata": {"name": "small"}, "spec": {"hard": {"pods": "1"}}}
+
+
+@dataclass
+class Space:
+    """A namespace of its own, under PodSecurity `restricted`."""
+
+    cluster: Cluster
+    name: str
+
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        return self.cluster.kubectl(*arguments, check=check, namespace=self.name)
+
+    def secret(self) -> None:
+        """Credentials that no server knows; without a key in them boto3 gives up at once."""
+        self.kubectl("create", "secret", "generic", "dho-s3", "--from-literal=credentials=[default]\n")
+
+    def claim(self) -> None:
+        """A volume for the claim that comes with the job."""
+        self.cluster.make_volume(self.name, "dho-checkpoints", "10Gi", USER)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "dho", *arguments, "--namespace", self.name]
+
+    def dho(self, *arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.dho("launch", "--revision", REVISION, "--name", "job", *arguments)
+
+
+@contextlib.contextmanager
+def made(cluster: Cluster) -> Iterator[Space]:
+    space = Space(cluster, f"t-{secrets.token_hex(4)}")
+    cluster.make_namespace(space.name)
+    try:
+        yield space
+    finally:
+        space.kubectl("delete", "pytorchjobs", "--all", "--cascade=foreground", check=False)
+        space.kubectl("delete", "namespace", space.name, "--wait=false")
+        space.kubectl("delete", "persistentvolume", f"{space.name}-dho-checkpoints", "--ignore-not-found", "--wait=false")
+
+
+@pytest.fixture
+def space(cluster: Cluster) -> Iterator[Space]:
+    with made(cluster) as space:
+        yield space
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A job that cannot start, and what has to be said of it."""
+
+    words: str
+    options: tuple[str, ...] = ()
+    secret: bool = True
+    claim: bool = True
+    quota: bool = False
+
+    def launch(self, space: Space) -> subprocess.CompletedProcess[str]:
+        if self.secret:
+            space.secret()
+        if self.claim:
+            space.claim()
+        if self.quota:
+            space.cluster.apply([QUOTA], namespace=space.name)
+        return space.launch("--start-timeout", str(START_S), *self.options)
+
+
+CANNOT_START = {
+    "image": Trouble("image registry.invalid/dho:1 cannot be pulled: ", ("--image", "registry.invalid/dho:1")),
+    "no node fits": Trouble("no node fits: 0/", ("--gpus", "8")),
+    "quota": Trouble("no pod, for the namespace's quota: exceeded quota: small, requested: pods=1", quota=True),
+    "volume": Trouble("its PersistentVolumeClaim is not bound", claim=False),
+    "init container": Trouble("init container pull fails (exit code 1): dho: s3://dho/dvc/revisions/"),
+    "secret": Trouble("Secret dho-s3 is missing in namespace t-", secret=False),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(cluster: Cluster) -> Iterator[dict[str, tuple[Space, subprocess.CompletedProcess[str]]]]:
+    """All of them, at the same time."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(CANNOT_START)) as pool:
+        spaces = {name: stack.enter_context(made(cluster)) for name in CANNOT_START}
+        done = {name: pool.submit(trouble.launch, spaces[name]) for name, trouble in CANNOT_START.items()}
+        yield {name: (spaces[name], future.result()) for name, future in done.items()}
+
+
+@pytest.mark.parametrize("name", CANNOT_START)
+def test_why_a_job_does_not_start_is_said_in_one_line(
+    name: str, launched: dict[str, tuple[Space, subprocess.CompletedProcess[str]]]
+) -> None:
+    space, done = launched[name]
+    assert done.returncode == NOT_STARTED, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    told = [line for line in lines if " does not start: " in line and CANNOT_START[name].words in line]
+    assert len(told) == 1 and told[0].startswith("launch: "), done.stdout
+    assert lines[-1].startswith(f"launch: job has not started in {START_S} s: ") and "`dho stop job" in lines[-1]
+    assert "pytorchjob.kubeflow.org/job" in space.kubectl("get", "pytorchjobs", "-o", "name")
+
+
+def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> None:
+    with subprocess.Popen(
+        space.command("launch", "--revision", REVISION, "--name", "job", "--queue", "team"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as launch:
+        assert launch.stdout is not None
+        for line in launch.stdout:
+            if "Suspended" in line:
+                break
+        assert line == "launch: job Suspended, 0 of 2 pods run; waits to be admitted by queue team\n"
+        launch.send_signal(signal.SIGINT)
+        rest = launch.stdout.read()
+    assert launch.returncode == INTERRUPTED
+    where = f"--namespace {space.name}"
+    assert rest == f"launch: job goes on without this; `dho logs job -f {where}` follows it, `dho stop job {where}` removes it\n"
+    again = space.launch()
+    assert again.returncode == 1
+    assert again.stderr.startswith("dho: job job is there already (Suspended): ") and again.stderr.count("\n") == 1
+    listed = space.dho("jobs").stdout
+    assert re.search(r"job .*Suspended .*2", listed), listed
+    assert space.dho("stop", "job").returncode == 0
+    deadline = time.monotonic() + 60
+    while space.kubectl("get", "pytorchjobs,configmaps", "-o", "name").replace("configmap/kube-root-ca.crt", "").strip():
+        assert time.monotonic() < deadline, "the job's ConfigMap has to go with the job"
+        time.sleep(1)
+    gone = space.dho("stop", "job")
+    assert (gone.returncode, gone.stderr) == (1, f"dho: no job job in namespace {space.name}; there: none\n")
+
+
+def test_a_namespace_that_is_not_there_is_said_with_what_to_do(cluster: Cluster) -> None:
+    done = Space(cluster, "t-nowhere").launch()
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        'dho: ServiceAccount dho: the API server says 404: namespaces "t-nowhere" not found; `kubectl create namespace'
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def requests(cluster: Cluster) -> int:
+    """Requests for jobs, pods, events and logs of a namespace that the API server has answered, to anyone; a watch counts as it ends."""
+    total = 0
+    for line in cluster.kubectl("get", "--raw", "/metrics").splitlines():
+        ours = re.search(r'resource="(pytorchjobs|pods|events)"', line) and ('scope="namespace"' in line or 'subresource="log"' in line)
+        if ours and line.startswith("apiserver_request_total{"):
+            total += int(float(line.rsplit(" ", 1)[1]))
+    return total
+
+
+@pytest.fixture
+def pretended(cluster: Cluster) -> Iterator[None]:
+    """64 nodes with 8 GPUs each that only pretend (kwok)."""
+    cluster.pretend_nodes(64)
+    yield
+    cluster.kubectl("delete", "nodes", *(f"gpu-{number}" for number in range(1, 65)))
+    assert cluster.own is not None
+    os.kill(int((cluster.own / "kwok.pid").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.nodes
+def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(pretended: None, space: Space, cluster: Cluster) -> None:  # noqa: ARG001
+    space.claim()
+    space.secret()
+    began = time.monotonic()
+    command = space.command("launch", "--revision", REVISION, "--name", "job", "--nodes", "64", "--gpus", "8")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launch:
+        assert launch.stdout is not None
+        for line in launch.stdout:
+            if "64 of 64 pods run" in line:
+                break
+        assert line.startswith("launch: job Running, 64 of 64 pods run"), line
+        took = time.monotonic() - began
+        pods = json.loads(space.kubectl("get", "pods", "-o", "json"))["items"]
+        assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods) == 64
+        time.sleep(5)
+        before = requests(cluster)
+        time.sleep(60)
+        asked = requests(cluster) - before
+        launch.send_signal(signal.SIGINT)
+        rest = launch.stdout.read()
+    assert launch.returncode == INTERRUPTED, rest
+    print(f"64 pods run after {took:.0f} s; {asked} requests in 60 s of following")
+    assert took < 120
+    # Watches are renewed every two minutes; asking for 64 pods once a second would be thousands. A log that a pretended node has not is
+    # asked for every five seconds.
+    assert before > 0 and asked < 30
