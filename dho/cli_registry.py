@@ -63,10 +63,9 @@ def registry(params: Params = PARAMS) -> None:
     from dho.listing import listing
 
     columns, rows, story = listing(load(params))
-    shown = Table(*columns)
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, *rows]:  # as wide as it is: a table that is fitted to 80 columns cannot be read
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for line in story:
         print(line)
 
