@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import MutableMapping
 
 from dho.config import Config
+
+RESTARTS = "3"
+"""How often torchrun starts a node's processes again in place, before the pod ends and Kubernetes starts that again."""
 
 
 def under_torchrun() -> bool:
@@ -20,14 +24,28 @@ def under_torchrun() -> bool:
 def exec_torchrun(config: Config, arguments: list[str]) -> None:
     """Replace this process by torchrun running `python -m dho <arguments>`; signals then reach torchrun itself."""
     command = [sys.executable, "-m", "torch.distributed.run"]
-    if "PET_NNODES" not in os.environ:
+    if "PET_NNODES" in os.environ:
+        _in_pod(os.environ)
+    else:
         command += ["--standalone", "--nproc-per-node", str(config.launch.processes or _devices())]
-    elif cpus := os.environ.get("CPUS"):
-        # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
-        processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // processes)))
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "dho", *arguments])
+
+
+def _in_pod(environment: MutableMapping[str, str]) -> None:
+    """Settings of torchrun in a pod, where the training operator's leave them open."""
+    if master := environment.get("PET_MASTER_ADDR"):
+        # The static rendezvous that torchrun would take meets once: a pod that starts again before the others have noticed talks to
+        # the old round and waits for ever. This one meets anew, however often.
+        environment.setdefault("PET_RDZV_BACKEND", "c10d")
+        environment.setdefault("PET_RDZV_ENDPOINT", f"{master}:{environment['PET_MASTER_PORT']}")
+        environment.setdefault("PET_RDZV_ID", master)
+        environment.setdefault("PET_MAX_RESTARTS", RESTARTS)
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else a node that comes back ends the job (DistStoreError)
+    if cpus := environment.get("CPUS"):
+        # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
+        processes = int(environment.get("PET_NPROC_PER_NODE", "1"))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // processes)))
 
 
 def _devices() -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,22 @@ def test_a_manifest_edited_in_the_project_is_what_is_launched_and_checked(tmp_pa
     done = dho("launch", "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "dho: PyTorchJob: spec.runPolicy.cleanPodPolicy is Sometimes; expected one of All, Running, None\n"
+
+
+def test_an_installed_package_brings_the_manifests(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "wheel"], cwd=ROOT, check=True, capture_output=True
+    )
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "dho", "launch", "--nodes", "4", "--gpus", "2", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    installed = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=60)
+    assert installed.returncode == 0, installed.stderr
+    assert installed.stdout == dho("launch", "--nodes", "4", "--gpus", "2", "--dry-run", cwd=ROOT).stdout
 
 
 def test_64_nodes_of_8_gpus_are_rendered_and_checked_in_under_2_seconds() -> None:

@@ -80,6 +80,7 @@ class _Follower:
         self.restarted_at = 0.0
         self.seen: dict[str, str] = {}
         self.changed = False
+        self.synced: set[str] = set()
         self.down: dict[str, tuple[float, str]] = {}
         self.down_said = False
         self.last_lines: dict[tuple[str, str, int], str] = {}
@@ -97,7 +98,7 @@ class _Follower:
                 self._take_news()
                 if self.down:
                     self._api_is_down()
-                elif self.job is not None and (status := self._look()) is not None:
+                elif {"job", "pods"} <= self.synced and (status := self._look()) is not None:
                     return status
 
     def _look(self) -> int | None:
@@ -140,6 +141,7 @@ class _Follower:
                 self.say("the API server answers again")
         else:
             self.changed = True
+            self.synced.add(news.source)
             if news.source == "job":
                 self._take_job(news)
             elif news.source == "pods":

@@ -15,9 +15,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from cluster import ROOT, USER, Cluster
+from proxy import Proxy
 
 REVISION = "a" * 64
 NOT_STARTED, INTERRUPTED = 4, 130
@@ -48,6 +52,17 @@ class Space:
 
     def dho(self, *arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`dho launch` that Ctrl-C reaches, also where these tests run in the background of a shell, which takes it from its children."""
+        return subprocess.Popen(
+            self.command("launch", "--revision", REVISION, "--name", "job", *arguments),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
 
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.dho("launch", "--revision", REVISION, "--name", "job", *arguments)
@@ -124,9 +139,7 @@ def test_why_a_job_does_not_start_is_said_in_one_line(
 
 
 def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> None:
-    with subprocess.Popen(
-        space.command("launch", "--revision", REVISION, "--name", "job", "--queue", "team"), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as launch:
+    with space.start("--queue", "team") as launch:
         assert launch.stdout is not None
         for line in launch.stdout:
             if "Suspended" in line:
@@ -149,6 +162,35 @@ def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> 
         time.sleep(1)
     gone = space.dho("stop", "job")
     assert (gone.returncode, gone.stderr) == (1, f"dho: no job job in namespace {space.name}; there: none\n")
+
+
+def test_an_api_server_out_of_reach_for_half_a_minute_is_waited_for_and_nothing_is_missed(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this one client the connections break; test_training.py kills the API server under a job that runs."""
+    text = Path(os.environ["KUBECONFIG"]).read_text()
+    address = yaml.safe_load(text)["clusters"][0]["cluster"]["server"]
+    server = urlsplit(address)
+    proxy = Proxy(str(server.hostname), server.port or 443)
+    (tmp_path / "kubeconfig").write_text(text.replace(address, f"https://127.0.0.1:{proxy.port}"))
+    with monkeypatch.context() as patched:
+        patched.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        launch = space.start("--queue", "team")
+    with launch:
+        assert launch.stdout is not None
+        lines = iter(launch.stdout)
+        assert next(line for line in lines if "Suspended" in line)
+        for away_s in (30, 5):
+            proxy.down()
+            assert next(lines).startswith("launch: the API server does not answer (")
+            time.sleep(away_s)
+            if away_s == 5:
+                space.kubectl("delete", "pytorchjob", "job")
+            proxy.up()
+            if away_s == 30:
+                assert next(lines) == "launch: the API server answers again\n"
+        assert next(lines) == f"dho: job job was deleted from namespace {space.name}\n"
+    assert launch.returncode == 1
 
 
 def test_a_namespace_that_is_not_there_is_said_with_what_to_do(cluster: Cluster) -> None:
@@ -185,8 +227,7 @@ def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(pretended: None, sp
     space.claim()
     space.secret()
     began = time.monotonic()
-    command = space.command("launch", "--revision", REVISION, "--name", "job", "--nodes", "64", "--gpus", "8")
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launch:
+    with space.start("--nodes", "64", "--gpus", "8") as launch:
         assert launch.stdout is not None
         for line in launch.stdout:
             if "64 of 64 pods run" in line:
