@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV_VERSION := $(shell sed -n "s/^ARG UV_VERSION=//p" Dockerfile)
 RUN := source .venv/bin/activate &&
 
-.PHONY: repro test lint image image-test cluster-test compare bench lock clean
+.PHONY: repro test lint image image-test cluster-test compare bench downstream-test serving-test lock clean
 
 repro: .venv/ready
 	$(RUN) dvc repro
@@ -53,3 +53,11 @@ lock:
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache
+
+# A downstream team's environment, made fresh: the champion's accuracy there is that of metrics.json. After `make repro`.
+downstream-test: .venv/ready
+	tests/downstream/run.sh
+
+# `mlflow models serve` under load and under bad requests. After `make repro`.
+serving-test: .venv/ready
+	$(RUN) python benchmarks/serving.py

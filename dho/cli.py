@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dho import __version__
+from dho import __version__, cli_registry
 from dho.config import Config, KubernetesConfig, load
 from dho.errors import DhoError
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
@@ -110,10 +110,17 @@ def evaluate(params: Params = PARAMS) -> None:
 @app.command()
 def register(params: Params = PARAMS) -> None:
     """Put the student into MLflow's model registry as a version with the alias `candidate`."""
+    from dho.lineage import Sources
     from dho.registry import register
 
-    done = register(load(params), TRAINED / "student", EVALUATED / "metrics.json", REGISTERED)
+    config = load(params)
+    sources = Sources(PREPARED, STORE, EVALUATED / "plots")
+    done = register(config, TRAINED / "student", EVALUATED / "metrics.json", REGISTERED, sources)
     print(f"register: models:/{done['name']}@candidate is version {done['version']}")
+    if config.registry.promote == "auto":
+        from dho.promotion import promote
+
+        cli_registry.print_decision(promote(config, PREPARED), "champion")
 
 
 @app.command()
@@ -132,12 +139,23 @@ def results() -> None:
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files; with --model also folders.")],
     top: Annotated[int, typer.Option(help="Labels to print for each image.", min=1)] = 3,
     alpha: Annotated[float | None, typer.Option(help="Weight of the CE head; default: as tuned.", min=0, max=1)] = None,
     beta: Annotated[float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)] = None,
+    model: Annotated[str | None, typer.Option(help="Registered model, models:/NAME@ALIAS, instead of the student here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
+    params: Params = PARAMS,
 ) -> None:
-    """Label images with the trained student: labels and probabilities, most likely first."""
+    """Label images with the trained student: labels and probabilities, most likely first; or with a registered model, into a file."""
+    if (model is None) != (out is None):
+        raise typer.BadParameter("--model and --out go together")
+    if model is not None and out is not None:
+        from dho.score import score
+
+        good, unread = score(load(params).tracking, model, images, out, top)
+        print(f"predict: {out} holds {good} images" + (f", and {unread} that cannot be read" if unread else ""))
+        return
     from dho.predict import predict
 
     bad = 0
@@ -297,6 +315,10 @@ def job_teach(params: Params = PARAMS) -> None:
 
     with process_group() as process:
         teach_in_pod(config, process)
+
+
+for command in (cli_registry.promote, cli_registry.rollback, cli_registry.registry, cli_registry.lineage):
+    app.command()(command)
 
 
 @app.command()

@@ -211,10 +211,35 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class RulesConfig:
+    """What a candidate has to show on the test set before it takes the champion's alias (`dho promote`); null asks nothing."""
+
+    min_top1: float | None = setting(None, "Smallest top-1 (share).", low=0, high=1)
+    min_class_recall: float | None = setting(None, "Smallest recall of the worst class (share).", low=0, high=1)
+    max_ece: float | None = setting(None, "Largest expected calibration error.", low=0, high=1)
+    max_latency_ms: float | None = setting(None, "Longest answer to one image, p99 on one thread, milliseconds.", above=0)
+    max_size_mb: float | None = setting(None, "Largest package, megabytes (10^6 bytes).", above=0)
+    min_gain: float = setting(
+        0.0, "Smallest gain in top-1 over the champion (share); below 0 a candidate may be that much worse.", low=-1, high=1
+    )
+    max_class_drop: float = setting(
+        0.02, "Drop in a class's recall (share) that no class may exceed significantly, against the champion.", low=0, high=1
+    )
+    confidence: float = setting(0.95, "Confidence of the paired bootstrap intervals.", above=0, high=0.9999)
+    resamples: int = setting(10_000, "Resamples of the paired bootstrap.", low=100)
+    seed: int = setting(0, "Seed of the resamples.", low=0, high=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
 class RegistryConfig:
-    """The model registry (stage `register`)."""
+    """The model registry (stage `register`, `dho promote`)."""
 
     name: str = setting("dho-student", "Registered model that versions are added to; alias `candidate` moves to the newest.")
+    intended_use: str = setting("Classifying photos like those it was trained on into its classes.", "Sentence of the model card.")
+    data_licence: str | None = setting(None, "Licence of the data, for the model card; null takes the catalogue's.")
+    teacher_licence: str | None = setting(None, "Licence of the teacher's weights, for the model card; null says that it is not known.")
+    promote: str = setting("manual", "`auto`: stage `register` also promotes, when the rules allow it.", choices=("manual", "auto"))
+    rules: RulesConfig = field(default_factory=RulesConfig)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dho import report
 from dho.config import Config
 from dho.distributed import Process, others_wait
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
+from dho.lineage import Sources
 from dho.patience import patiently
 from dho.registry import register
 from dho.revision import Remote, give_back
@@ -29,7 +30,8 @@ def train_in_pod(config: Config, process: Process) -> bool:
 
     def then() -> None:
         metrics = patiently(lambda: report.evaluate(config, PREPARED, STORE, TRAINED, EVALUATED, UNSENT))
-        done = patiently(lambda: register(config, TRAINED / "student", EVALUATED / report.METRICS, REGISTERED))
+        sources = Sources(PREPARED, STORE, EVALUATED / "plots")
+        done = patiently(lambda: register(config, TRAINED / "student", EVALUATED / report.METRICS, REGISTERED, sources))
         outputs = {name: TRAINED / name for name in ("student", "head_outputs", "history.csv")}
         give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]

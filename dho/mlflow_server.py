@@ -8,16 +8,18 @@ with one_line(tracking_uri(config.tracking), "cannot list the models"):
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dho.config import TrackingConfig
-from dho.errors import TrackingError
+from dho.errors import DhoError, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,13 +109,21 @@ def one_line(uri: str, failure: str, remedy: str = "") -> Iterator[None]:
     """Whatever MLflow, its database or its artifact store raise becomes one line that names the address and what to do."""
     try:
         yield
-    except TrackingError:
+    except DhoError:
         raise
     except Exception as error:
-        if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"):
+        code = getattr(error, "error_code", "")
+        if code == "PERMISSION_DENIED":
+            failure, remedy = f"does not allow {who()} to do this: it {failure}", "ask for the permission EDIT"
+        if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
             failure = "refuses the credentials"
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         raise TrackingError(f"MLflow at {shown(uri)} {failure} ({reason(error)})" + (f"; {remedy}" if remedy else "")) from error
+
+
+def who() -> str:
+    """Who is at work, for the registry's tags: MLflow's user, else the machine's."""
+    return os.environ.get("MLFLOW_TRACKING_USERNAME") or f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def reason(error: BaseException) -> str:

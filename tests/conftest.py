@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ class Tiny:
     @property
     def store(self) -> TeacherStore:
         return TeacherStore.open(self.store_folder, self.index, self.config)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Latencies are not judged here, so their measurement is short."""
+    from dho import measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "SECONDS", 0.02)
+        yield
 
 
 @pytest.fixture(scope="session")

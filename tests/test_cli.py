@@ -46,6 +46,7 @@ def test_params_prints_every_setting_with_its_meaning(capsys: pytest.CaptureFixt
         (("evaluate",), "params.yaml"),
         (("results",), "run the evaluate stage"),
         (("predict", "some.jpg"), "run the train stage"),
+        (("promote", "--params", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
 def test_what_is_missing_is_one_line_that_says_what_to_do(

@@ -92,6 +92,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["pretrain"]["confusions"] = {"circle": {"square": 0.2}}
     tree["teacher"]["model"] = "local-dir:data/pretrained"
     tree["tracking"]["uri"] = "sqlite:///mlflow.db"
+    tree["registry"] |= {"promote": "auto", "rules": {}}
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     for command in (
         ["init", "-q"],
@@ -161,6 +162,15 @@ def test_the_registered_student_predicts_from_image_bytes(project: Path, tmp_pat
     served = run(project, sys.executable, "-c", script, str(picture), MLFLOW_DISABLE_TELEMETRY="true").splitlines()[-1]
     local = run(project, "dho", "predict", str(picture)).split("one.png\t")[1].rsplit("\t")[0].rsplit(" ", 1)[0]
     assert served == local
+
+
+def test_the_first_student_was_promoted_by_dvc_repro_and_labels_a_folder(project: Path, tmp_path: Path) -> None:
+    output = run(project, "dho", "registry")
+    assert "champion" in output and "promote, champion nobody -> 1" in output
+    draw_image("circle", 9_002).save(tmp_path / "one.jpg")
+    out = str(tmp_path / "labels.parquet")
+    answer = run(project, "dho", "predict", str(tmp_path), "--model", "models:/dho-student@champion", "--out", out)
+    assert "holds 1 images" in answer and Path(out).stat().st_size > 0
 
 
 def test_another_grid_reruns_evaluate_and_register_only(project: Path) -> None:

@@ -26,6 +26,7 @@ from dho import export
 from dho.config import Config, StudentConfig, from_dict, to_dict
 from dho.errors import DataError, DhoError, TrackingError
 from dho.export import export_onnx
+from dho.score import score
 from dho.serving import dho_runtime
 from dho.student import Student, StudentCard, save_student
 
@@ -35,6 +36,9 @@ ALPHA, BETA = 0.4, 0.3
 FILES = [
     "MLmodel",
     "artifacts/card.json",
+    "artifacts/evidence/measured.json",
+    "artifacts/lineage/lineage.json",
+    "artifacts/model_card/model_card.md",
     "artifacts/student.onnx",
     "code/dho_runtime.py",
     "conda.yaml",
@@ -81,7 +85,7 @@ def house(registry, tmp_path_factory):
         student = _student(folder / "student", _run(client), ("ce", "kd"))
         _metrics(folder / "metrics.json", ALPHA, BETA)
         images = _images()
-        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", images[0])
+        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", example=images[0])
         model = mlflow.pyfunc.load_model(f"models:/{config.registry.name}@candidate")
         yield House(folder, config, client, student, result, images, model)
         mlflow.set_tracking_uri(before[0])
@@ -270,6 +274,67 @@ def test_base64_in_the_column_is_taken_too(house, kind):
     assert house.predict([value])["probability"][0] == house.predict([house.images[3]])["probability"][0]
 
 
+def test_paths_and_arrays_are_taken_as_the_same_image_in_a_table_or_a_list(house, tmp_path):
+    data = house.images[3]
+    (tmp_path / "image.png").write_bytes(data)
+    array = np.asarray(Image.open(io.BytesIO(data)))
+    expected = house.predict([data])["probability"][0]
+    assert array.shape[2] == 4
+    answers = house.predict([data, tmp_path / "image.png", array, np.asarray(dho_runtime.decode(data))])
+    assert list(answers["probability"]) == [expected] * 4
+    assert list(house.model.predict({"image": [data, array]})["probability"]) == [expected] * 2
+    texts = [base64.b64encode(data).decode()] * 3
+    assert list(house.model.predict({"image": texts})["probability"]) == [expected] * 3
+    grey = Image.open(io.BytesIO(house.images[4]))
+    assert house.predict([np.asarray(grey)])["probability"][0] == house.predict([house.images[4]])["probability"][0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (Path("nowhere.png"), "nowhere.png: No such file"),
+        ("/etc/hostname", "text that is not base64"),
+        (np.zeros((4, 4, 3), np.float32), "array float32"),
+        (np.zeros((4, 4, 2), np.uint8), "array uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "array uint8"),
+    ],
+    ids=["no file", "path as text", "floats", "two bands", "nothing"],
+)
+def test_a_path_or_an_array_that_is_no_image_is_an_error_of_its_row(house, bad, reason):
+    answers = house.predict([house.images[0], bad], on_error="null")
+    assert answers["label"][0] is not None and answers["error"][1].startswith(reason)
+
+
+def test_both_heads_are_answered_when_asked_for(house):
+    answers = house.predict([*house.images, b""], heads=True, on_error="null", beta=0.7)
+    with torch.inference_mode():
+        logits = house.student(_pixels(house.images))
+    for column, expected in (("ce_head", logits["ce"].softmax(-1)), ("kd_head", (logits["kd"] / 0.7).softmax(-1))):
+        np.testing.assert_allclose(np.stack(answers[column][:-1]), expected, atol=1e-5)
+        assert answers[column].iloc[-1] is None
+    assert house.model.metadata.metadata["class_names"] == CLASSES
+    assert "ce_head" not in house.predict(house.images[:1])
+
+
+def test_more_images_than_a_call_may_hold_are_refused(house):
+    with pytest.raises(MlflowException, match="10001 images in one call; send at most 10000"):
+        house.predict([b""] * 10_001, on_error="null")
+
+
+def test_a_folder_is_labelled_into_a_parquet_file(house, tmp_path):
+    (tmp_path / "photos/deep").mkdir(parents=True)
+    for name, data in (("b.jpg", house.images[0]), ("deep/a.PNG", house.images[3]), ("broken.png", b"no image"), ("notes.txt", b"text")):
+        (tmp_path / "photos" / name).write_bytes(data)
+    uri = f"models:/{house.config.registry.name}@candidate"
+    assert score(house.config.tracking, uri, [tmp_path / "photos"], tmp_path / "out.parquet") == (2, 1)
+    table = pd.read_parquet(tmp_path / "out.parquet").set_index("path")
+    assert list(table.index) == [str(tmp_path / "photos" / name) for name in ("b.jpg", "broken.png", "deep/a.PNG")]
+    assert table["label"].iloc[0] == house.predict(house.images[:1])["label"][0]
+    assert table["error"].iloc[1] == "not an image of a known format" and set(table["model"]) == {house.result["uri"]}
+    with pytest.raises(DataError, match="no image here"):
+        score(house.config.tracking, uri, [tmp_path / "photos/notes.txt"][:0], tmp_path / "none.parquet")
+
+
 @pytest.mark.parametrize(
     "params", [{"alpha": 1.5}, {"alpha": float("nan")}, {"beta": 0.0}, {"top_k": 0}, {"batch_size": 0}, {"on_error": "ignore"}], ids=str
 )
@@ -318,6 +383,7 @@ def test_the_version_says_where_it_comes_from_and_leaves_the_run_as_it_was(house
         ("top_k", 5),
         ("batch_size", 64),
         ("on_error", "raise"),
+        ("heads", False),
     ]
     assert house.model.input_example["image"][0] == house.images[0]
 
@@ -366,7 +432,7 @@ def test_two_packages_in_one_process_keep_their_own_pixels(house, tmp_path):
 def test_the_alias_stays_where_the_package_does_not_answer_like_the_student(house, registry, tmp_path, monkeypatch):
     config = from_dict({**to_dict(house.config), "registry": {"name": "wrong"}})
     _metrics(tmp_path / "metrics.json", 0.8, BETA)
-    monkeypatch.setattr(registry, "_expected", lambda *_: np.array([0.99, 0.01]))
+    monkeypatch.setattr(registry, "expected_answer", lambda *_: np.array([0.99, 0.01]))
     with pytest.raises(DhoError, match="not registered"):
         registry.register(config, house.folder / "student", tmp_path / "metrics.json", tmp_path / "out.json")
     assert _versions(house, "wrong") == [] and not (tmp_path / "out.json").exists()
@@ -397,7 +463,7 @@ def test_an_unknown_run_a_refused_name_and_a_bad_example_are_one_line(house, reg
     with pytest.raises(TrackingError, match="is not on this MLflow server"):
         registry.register(house.config, tmp_path / "stray", metrics, out)
     with pytest.raises(DataError, match="the input example is not usable"):
-        registry.register(house.config, good, metrics, out, b"no image")
+        registry.register(house.config, good, metrics, out, example=b"no image")
     config = from_dict({**to_dict(house.config), "registry": {"name": "a/b:c"}})
     with pytest.raises(TrackingError, match="cannot look up or make") as caught:
         registry.register(config, good, metrics, out)

@@ -56,10 +56,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # as above
         raise ImageRejected(f"truncated or broken: {error}") from error
-    return _to_rgb(image)
+    return to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB from any mode with a clear meaning in it, transparency laid on white; raises `ImageRejected` for another."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I;16", "I;16L", "I;16B", "I"):
