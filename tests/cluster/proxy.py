@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server: one client loses its connections while everyone else keeps theirs, and its traffic can be told."""
+"""A TCP proxy in front of a server: one client loses its connections while all others keep theirs, and its traffic can be measured."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(
     assert launch.returncode == INTERRUPTED, rest
     print(f"64 pods run after {took:.0f} s and {starting / 1e6:.2f} MB; a minute of following: {following / 1e6:.3f} MB")
     assert took < 120
-    # One list of these 64 pods is some 0.6 MB. The log that a pretended node has not is asked for every five seconds.
-    assert 0 < following < 0.2e6
+    # One list of these 64 pods is some 0.9 MB, so asking every second would be 54 MB. What comes is pods that change.
+    assert 0 < following < 4e6
     space.kubectl("delete", "pytorchjobs", "--all", "--cascade=orphan")
     space.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")
