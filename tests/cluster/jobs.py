@@ -72,6 +72,13 @@ class Job:
             assert time.monotonic() < deadline, f"no step {step} in {PATIENCE_S} s\n{self.story()}"
             time.sleep(1)
 
+    def wait_for_log(self, words: str, patience_s: float = 60) -> None:
+        """Wait until a pod's log holds the words; ask before the job's end, with which the workers' pods and logs go."""
+        deadline = time.monotonic() + patience_s
+        while words not in self.logs():
+            assert time.monotonic() < deadline, f"no log says {words!r} within {patience_s} s\n{self.story()}"
+            time.sleep(1)
+
     def wait_for_success(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the job has succeeded."""
         deadline = time.monotonic() + patience_s
