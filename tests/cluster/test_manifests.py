@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,19 +51,26 @@ def test_a_document_that_is_wrong_is_not(cluster: Cluster) -> None:
         cluster.apply(documents, *STRICT)
 
 
+@pytest.fixture(scope="module")
+def restricted(cluster: Cluster) -> Iterator[str]:
+    """A namespace that no job of another test is in."""
+    cluster.make_namespace("t-pods")
+    yield "t-pods"
+    cluster.kubectl("delete", "namespace", "t-pods", "--wait=false")
+
+
 @pytest.mark.parametrize("role", ["Master", "Worker"])
-def test_pods_are_ones_that_podsecurity_restricted_admits(cluster: Cluster, role: str) -> None:
+def test_pods_are_ones_that_podsecurity_restricted_admits(cluster: Cluster, restricted: str, role: str) -> None:
     """A PyTorchJob is admitted whatever its pods are; what they are is seen here, and with the operator's additions in test_training.py."""
     template = render(Launch(gpus=8))[-1]["spec"]["pytorchReplicaSpecs"][role]["template"]
     metadata = {**template["metadata"], "name": f"check-{role.lower()}"}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
-    cluster.make_namespace("t-pods")
-    cluster.apply([kind(render(Launch()), "ServiceAccount")], namespace="t-pods")
-    said = cluster.apply([pod], *STRICT, namespace="t-pods")
+    cluster.apply([kind(render(Launch()), "ServiceAccount")], namespace=restricted)
+    said = cluster.apply([pod], *STRICT, namespace=restricted)
     assert said == f"pod/check-{role.lower()} created (server dry run)\n"
     template["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     with pytest.raises(AssertionError, match='violates PodSecurity "restricted'):
-        cluster.apply([pod], *STRICT, namespace="t-pods")
+        cluster.apply([pod], *STRICT, namespace=restricted)
 
 
 def test_the_schema_that_dho_launch_checks_with_is_the_operators_own(cluster: Cluster) -> None:
