@@ -91,8 +91,8 @@ def postgres() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def s3(folder: Path) -> Iterator[str]:
-    """An S3 server with one user (`KEYS`) and the bucket `mlflow`; yields its address."""
+def s3(folder: Path, bucket: str) -> Iterator[str]:
+    """A real S3 server (SeaweedFS) on loopback with one user (`KEYS`) and one bucket; yields its address."""
     ports = free_ports(8)
     identity = {
         "name": "dho",
@@ -120,7 +120,7 @@ def s3(folder: Path) -> Iterator[str]:
         import boto3
 
         secrets = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
-        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **secrets).create_bucket(Bucket="mlflow")
+        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **secrets).create_bucket(Bucket=bucket)
         yield address
     finally:
         server.kill()

@@ -5,15 +5,11 @@ Nothing differs from a fresh clone but `params.yaml`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from backends import KEYS, s3
 from conftest import CLASSES, draw_image, tiny_tree, write_folder
 from PIL import Image
 
@@ -211,62 +208,12 @@ def test_an_unknown_parameter_is_one_line_and_stops_the_stage(project: Path) -> 
     run(project, "git", "checkout", "params.yaml")
 
 
-SECRETS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """A real S3 server (SeaweedFS) on loopback with one user; yields its address."""
-    ports = []
-    for _ in range(5):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    identity = {"name": "dho", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin", "Read", "Write", "List"]}
-    folder.mkdir()
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    names = ("-s3.port", "-master.port", "-volume.port", "-filer.port")
-    places = [f"{name}={port}" for name, port in zip(names, ports, strict=False)]
-    grpc = [f"{name}.grpc={port + 1 if port < 65000 else port - 1}" for name, port in zip(names, ports, strict=False)]
-    weed = Path(sys.executable).parent / "weed"
-    options = [
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-s3",
-        f"-s3.config={folder / 's3.json'}",
-        "-master.volumeSizeLimitMB=64",
-        "-volume.max=20",
-    ]
-    server = subprocess.Popen(
-        [str(weed), "server", *options, *places, *grpc],
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{ports[0]}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert time.monotonic() < deadline and server.poll() is None, (folder / "log").read_text()[-2000:]
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/healthz", timeout=1)
-                break
-            time.sleep(0.2)
-        yield address
-    finally:
-        server.kill()
-        server.wait()
-
-
 @pytest.fixture(scope="module")
 def storage(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The project, back at its first commit, with an S3 server as its default DVC remote; the server's address."""
-    import boto3
-
     run(project, "git", "checkout", "params.yaml", "dvc.lock")
     run(project, "dvc", "checkout", "--force")
-    with s3_server(tmp_path_factory.mktemp("storage") / "s3") as address:
-        client = boto3.client("s3", endpoint_url=address, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1")
-        client.create_bucket(Bucket="dho")
+    with s3(tmp_path_factory.mktemp("storage") / "s3", "dho") as address:
         run(project, "dvc", "remote", "add", "--default", "storage", "s3://dho/cache")
         run(project, "dvc", "remote", "modify", "storage", "endpointurl", address)
         yield address
@@ -274,29 +221,29 @@ def storage(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.usefixtures("storage")
 def test_data_teacher_store_and_student_travel_by_s3(project: Path, tmp_path: Path) -> None:
-    run(project, "dvc", "push", **SECRETS)
+    run(project, "dvc", "push", **KEYS)
     other = tmp_path / "other"
     run(tmp_path, "git", "clone", "-q", str(project), str(other))
     shutil.copy(project / ".dvc/config", other / ".dvc/config")
-    run(other, "dvc", "pull", "data/prepared", "data/teacher", "outputs/train/student", **SECRETS)
+    run(other, "dvc", "pull", "data/prepared", "data/teacher", "outputs/train/student", **KEYS)
     for name in ("data/prepared/index.parquet", "data/teacher/meta.json", "outputs/train/student/model.safetensors"):
         assert (other / name).read_bytes() == (project / name).read_bytes()
-    run(other, "dvc", "pull", **SECRETS)
+    run(other, "dvc", "pull", **KEYS)
     # What is left to do elsewhere is only that place's own registry.
     assert ran(run(other, "dvc", "repro", "evaluate")) == []
 
 
 def pod(storage: str, revision: str, **more: str) -> dict[str, str]:
     """What a pod's ConfigMap and Secret say."""
-    return SECRETS | {"DHO_REMOTE": "s3://dho/cache", "AWS_ENDPOINT_URL": storage, "DHO_REVISION": revision} | more
+    return KEYS | {"DHO_REMOTE": "s3://dho/cache", "AWS_ENDPOINT_URL": storage, "DHO_REVISION": revision} | more
 
 
 @pytest.mark.parametrize("stage", ["teach", "train"])
 def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: Path, storage: str, stage: str, tmp_path: Path) -> None:
     from dho.revision import collect
 
-    revision = run(project, "dho", "publish", "--for", stage, **SECRETS).splitlines()[-1]
-    assert run(project, "dho", "publish", "--for", stage, **SECRETS).splitlines()[-1] == revision
+    revision = run(project, "dho", "publish", "--for", stage, **KEYS).splitlines()[-1]
+    assert run(project, "dho", "publish", "--for", stage, **KEYS).splitlines()[-1] == revision
     work = tmp_path / "work"
     work.mkdir()
     environment = pod(storage, revision, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}", GIT_COMMIT="0" * 40)
@@ -309,7 +256,7 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: P
         assert "train: step" in output
     out = tmp_path / "collected"
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in SECRETS.items():
+        for name, value in KEYS.items():
             patched.setenv(name, value)
         collect(project, revision, stage, out)
     made = {"teach": project / "data/teacher", "train": project / "outputs/train"}[stage]
@@ -343,5 +290,5 @@ def test_a_pod_that_cannot_pull_says_why_in_one_line(storage: str, tmp_path: Pat
 def test_pin_writes_the_revision_into_a_manifest_and_nothing_else(project: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "job.yaml"
     manifest.write_text('data:\n  DHO_REVISION: ""  \n  other: "1"\n')
-    revision = run(project, "dho", "publish", "--pin", str(manifest), **SECRETS).splitlines()[-1]
+    revision = run(project, "dho", "publish", "--pin", str(manifest), **KEYS).splitlines()[-1]
     assert manifest.read_text() == f'data:\n  DHO_REVISION: "{revision}"\n  other: "1"\n'

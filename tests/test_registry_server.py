@@ -70,7 +70,7 @@ class House:
 @pytest.fixture(scope="module")
 def house(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("server")
-    with pytest.MonkeyPatch.context() as patch, postgres() as database, s3(folder / "s3") as storage:
+    with pytest.MonkeyPatch.context() as patch, postgres() as database, s3(folder / "s3", "mlflow") as storage:
         patch.chdir(folder)
         before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
