@@ -18,6 +18,7 @@ from dho.config import Config
 from dho.distributed import Process, others_wait
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
 from dho.lineage import Sources
+from dho.mlflow_server import connect
 from dho.patience import patiently
 from dho.registry import register
 from dho.revision import Remote, give_back
@@ -37,6 +38,9 @@ def train_in_pod(config: Config, process: Process) -> bool:
         top1 = 100 * metrics["test"]["combined"]["top1"]
         print(f"train: models:/{done['name']}/{done['version']}, top-1 {top1:.2f} % on test", flush=True)
 
+    with others_wait(process):
+        if process.is_main:
+            patiently(lambda: connect(config.tracking))  # a node that took MLflow with it gives it back
     return train(config, PREPARED, STORE, TRAINED, CHECKPOINTS, process, then)
 
 
