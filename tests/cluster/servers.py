@@ -72,7 +72,9 @@ class Platform:
         """`mlflow`, `s3` or `postgres` down, until the end of the block."""
         workload = WORKLOADS[server]
         self.cluster.kubectl("scale", workload, "--replicas=0", namespace=NAMESPACE)
-        self.cluster.kubectl("wait", "pod", "-l", f"app.kubernetes.io/name={server}", "--for=delete", "--timeout=90s", namespace=NAMESPACE)
+        pods = ["pod", "-l", f"app.kubernetes.io/name={server}"]
+        self.cluster.kubectl("delete", *pods, "--grace-period=0", "--force", namespace=NAMESPACE)  # it dies, it does not say goodbye
+        self.cluster.kubectl("wait", *pods, "--for=delete", "--timeout=90s", namespace=NAMESPACE)
         try:
             yield
         finally:

@@ -134,6 +134,24 @@ def test_a_full_checkpoint_volume_and_an_mlflow_server_that_is_down_for_a_minute
     same(job.check_record(STEPS), here)
 
 
+def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
+    platform: Any, cluster: Any, revision: str, here: dict[str, float], tmp_path: Path
+) -> None:
+    started = time.time()
+    cluster.clear_checkpoints()
+    command = [sys.executable, "-m", "dho", "launch", "--namespace", cluster.namespace, "--name", "launched", "--revision", revision]
+    with (tmp_path / "log").open("w") as log, platform.without("s3"):
+        launched = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | platform.environment)
+        time.sleep(60)
+    job = Job(cluster, "launched", [], platform.mlflow, started)
+    job.wait_for_step(40)
+    with cluster.without_api_server():
+        time.sleep(30)
+    assert launched.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+    same(job.check_record(STEPS), here)
+    cluster.kubectl("delete", "pytorchjob", "launched")
+
+
 @pytest.mark.nodes
 def test_a_node_that_is_lost_for_good(start: Callable[..., Job], here: dict[str, float], cluster: Any) -> None:
     job = start()
@@ -171,21 +189,3 @@ def test_an_elastic_node_that_is_lost_and_comes_back(start: Callable[..., Job], 
     run = job.check_record(STEPS)
     # With one node for a while BatchNorm has seen other batches, so the result is alike and not the same.
     assert run.data.metrics["test/combined/top1"] > 0.5
-
-
-def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
-    platform: Any, cluster: Any, revision: str, here: dict[str, float], tmp_path: Path
-) -> None:
-    started = time.time()
-    cluster.clear_checkpoints()
-    command = [sys.executable, "-m", "dho", "launch", "--namespace", cluster.namespace, "--name", "launched", "--revision", revision]
-    with (tmp_path / "log").open("w") as log, platform.without("s3"):
-        launched = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | platform.environment)
-        time.sleep(60)
-    job = Job(cluster, "launched", [], platform.mlflow, started)
-    job.wait_for_step(40)
-    with cluster.without_api_server():
-        time.sleep(30)
-    assert launched.wait(timeout=400) == 0, (tmp_path / "log").read_text()
-    same(job.check_record(STEPS), here)
-    cluster.kubectl("delete", "pytorchjob", "launched")
