@@ -1,7 +1,7 @@
 """The cluster of the tests, and what happens to real ones: nodes die and come back, disks and memory fill up, the API server is away.
 
     cluster.kubectl("get", "pods")              # in the namespace of the tests
-    cluster.lose_node("node-2"); cluster.wait_not_ready("node-2"); cluster.start_node("node-2")
+    cluster.lose_node("node-2"); cluster.start_node("node-2")
 
 On our own cluster (cluster.sh; DHO_CLUSTER is its folder) all of it works; on another one what needs the machine below is skipped.
 """
@@ -171,8 +171,9 @@ class Cluster:
         self.kubectl("exec", pod, "-c", "pytorch", "--", "python", "-c", OVERFILL, check=False, timeout=180)
 
     def lose_node(self, node: str) -> None:
-        """Power off: every process of the node dies at once."""
+        """Power off: every process of the node dies at once; returns when the control plane has noticed."""
         subprocess.run([HERE / "lose.sh", self._machine("losing a node"), _number(node)], check=True)
+        self.wait_not_ready(node)
 
     def start_node(self, node: str) -> None:
         """Power on; returns when the node is Ready."""
