@@ -111,6 +111,8 @@ def s3(folder: Path, bucket: str) -> Iterator[str]:
         f"-s3.config={folder / 's3.json'}",
         "-master.volumeSizeLimitMB=64",
         "-volume.max=20",
+        "-s3.port.iceberg=0",  # two further servers, on fixed ports
+        "-s3.port.lance=0",
     ]
     log = folder / "log"
     server = subprocess.Popen([BIN / "weed", "server", *options, *places, *grpc], stdout=log.open("wb"), stderr=subprocess.STDOUT)
