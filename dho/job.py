@@ -11,11 +11,13 @@ that all pods share. The exit code is 0 only when all of it is done.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from dho import report
 from dho.config import Config
 from dho.distributed import Process, others_wait
+from dho.files import write_atomically
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
 from dho.lineage import Sources
 from dho.mlflow_server import connect
@@ -45,11 +47,19 @@ def train_in_pod(config: Config, process: Process) -> bool:
 
 
 def teach_in_pod(config: Config, process: Process) -> None:
-    """Write the teacher store on the shared volume, each rank its shards; on rank 0 then give it back. Every rank must call."""
+    """Write the teacher store on the shared volume, each rank its shards; on rank 0 then give it back. Every rank must call.
+
+    Once the remote has it, the volume keeps only the note that it has.
+    """
     revision = os.environ["DHO_REVISION"]
     store = CHECKPOINTS / f"teacher-{revision[:16]}"
-    teach(config, PREPARED, store, process)
+    note = store.with_suffix(".in-remote")
+    if not note.exists():
+        teach(config, PREPARED, store, process)
     with others_wait(process):
         if process.is_main:
-            give_back(Remote.of_environment(), revision, Path(), "teach", {path.name: path for path in sorted(store.iterdir())})
-            print(f"teach: the store is in the remote, {sum(path.stat().st_size for path in store.iterdir()) / 1e6:.1f} MB", flush=True)
+            if not note.exists():
+                give_back(Remote.of_environment(), revision, Path(), "teach", {path.name: path for path in sorted(store.iterdir())})
+                write_atomically(note, f"{sum(path.stat().st_size for path in store.iterdir()) / 1e6:.1f} MB\n")
+            shutil.rmtree(store, ignore_errors=True)
+            print(f"teach: the store is in the remote, {note.read_text().strip()}", flush=True)

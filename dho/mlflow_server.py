@@ -58,11 +58,11 @@ def connect(config: TrackingConfig) -> MlflowClient:
             engine = sqlalchemy.create_engine(uri)
             engine.connect().close()
             engine.dispose()
-        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        given = [name for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI") if name in os.environ]
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        if environment is None:  # mlflow has set it, and it would win over another config in this process
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        for name in {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} - set(given):
+            os.environ.pop(name, None)  # mlflow has set it, and it would win over another config in this process and in those it starts
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("MLFLOW_REGISTRY_URI", None)
 
 from dho.config import Config, from_dict
 from dho.data.fetch import fetch
@@ -101,6 +103,16 @@ class Tiny:
     @property
     def store(self) -> TeacherStore:
         return TeacherStore.open(self.store_folder, self.index, self.config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_address_left_behind() -> Iterator[None]:
+    """MLflow keeps the addresses of its servers in the process and in the environment, where the next module would find them."""
+    yield
+    assert "MLFLOW_TRACKING_URI" not in os.environ and "MLFLOW_REGISTRY_URI" not in os.environ
+    if (mlflow := sys.modules.get("mlflow")) is not None:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -254,6 +254,10 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: P
         metrics = json.loads((project / "outputs/evaluate/metrics.json").read_text())
         assert f"models:/dho-student/1, top-1 {100 * metrics['test']['combined']['top1']:.2f} % on test" in output
         assert "train: step" in output
+    else:
+        assert [path.suffix for path in (work / "checkpoints").iterdir()] == [".in-remote"]
+        again = run(work, "dho", "job", stage, **environment)
+        assert again == output.splitlines()[-1] + "\n" and "teach: the store is in the remote" in again
     out = tmp_path / "collected"
     with pytest.MonkeyPatch.context() as patched:
         for name, value in KEYS.items():

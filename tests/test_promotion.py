@@ -88,7 +88,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     folder = tmp_path_factory.mktemp("shop")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         tree: dict[str, Any] = {"tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"}, "registry": {"name": "shop"}}
         for number, place in enumerate(("data", "other")):
             paint(folder / f"{place}-images", number, each=90)
@@ -100,8 +99,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         client = promotion.connect(config.tracking)
         made = {kind: _register(config, client, folder, kind, student) for kind, student in _students(Index.load(folder / "data")).items()}
         yield Shop(folder, config, client, made)
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
 
 
 def _students(index: Index) -> dict[str, Student]:

@@ -79,7 +79,6 @@ def house(registry, tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(folder)  # MLflow makes a folder mlruns where it is started
         config = from_dict({"tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"}})
-        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         client = registry.connect(config.tracking)
         client.create_experiment("served", (folder / "artifacts").as_uri())
         student = _student(folder / "student", _run(client), ("ce", "kd"))
@@ -88,8 +87,6 @@ def house(registry, tmp_path_factory):
         result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", example=images[0])
         model = mlflow.pyfunc.load_model(f"models:/{config.registry.name}@candidate")
         yield House(folder, config, client, student, result, images, model)
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
 
 
 def _run(client: MlflowClient) -> str:

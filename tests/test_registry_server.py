@@ -72,7 +72,6 @@ def house(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hous
     folder = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as patch, postgres() as database, s3(folder / "s3", "mlflow") as storage:
         patch.chdir(folder)
-        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         patch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
         server = MlflowServer(folder / "mlflow", database, storage, PASSWORD)
@@ -87,8 +86,6 @@ def house(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hous
             yield house
         finally:
             server.kill()
-            mlflow.set_tracking_uri(before[0])
-            mlflow.set_registry_uri(before[1])
 
 
 def _models(client: MlflowClient, config: Config) -> list[Any]:

@@ -26,7 +26,7 @@ from dho import mlflow_server, tracking
 from dho.config import TrackingConfig
 from dho.errors import TrackingError
 from dho.files import sha256_file
-from dho.mlflow_server import tracking_uri
+from dho.mlflow_server import connect, tracking_uri
 from dho.provenance import source_tags
 from dho.tracking import Tracker
 
@@ -180,7 +180,15 @@ def test_sqlite_keeps_artifacts_beside_the_database(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in (folder / "mlartifacts").rglob("plot.png")] == [b"pixels"]
     assert history(tracker, "train/loss") == [(1, 0.5)] and math.isnan(history(tracker, "diverged")[0][1])
     assert tracker._client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert "MLFLOW_TRACKING_URI" not in os.environ and "MLFLOW_REGISTRY_URI" not in os.environ
+
+
+def test_two_servers_in_one_process_are_not_mixed_up(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/{name}.db")).create_registered_model(f"model-{name}")
+    for name in ("one", "two"):
+        models = connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/{name}.db")).search_registered_models()
+        assert [model.name for model in models] == [f"model-{name}"]
 
 
 def test_sources_are_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

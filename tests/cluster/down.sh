@@ -11,9 +11,9 @@ done
 sleep .5
 awk -v d="$D/" 'index($2, d) == 1 {print $2}' /proc/mounts | sort -r | xargs -r umount -l
 if [ -e /run/netns/dho ]; then
-  # Each pod's namespace has its other end on the cluster's bridge.
-  for pod in $(ip netns list | awk '/^cni-/ {print $1}'); do
-    if ip -n "$pod" -4 -o addr show 2>/dev/null | grep -q ' 10\.250\.'; then ip netns del "$pod"; fi
+  # Each pod's namespace has its other end on the cluster's bridge; of some that were being made or removed only the file is left.
+  for pod in $(ls /run/netns | grep '^cni-' || true); do
+    if ! addresses=$(ip -n "$pod" -4 -o addr show 2>/dev/null) || grep -q ' 10\.250\.' <<<"$addresses"; then ip netns del "$pod" 2>/dev/null || rm -f "/run/netns/$pod"; fi
   done
   ip netns del dho
 fi
