@@ -18,6 +18,13 @@ trap 'kill $daemon 2>/dev/null; wait $daemon 2>/dev/null; rm -rf "$W" "$S/layout
 c() { ctr -a "$socket" -n k8s.io "$@"; }
 for _ in $(seq 120); do if c version >/dev/null 2>&1; then break; fi; sleep .25; done
 
+# While an image is replaced nothing else names the layers that it shares with the new one; without a name containerd may remove them.
+import() {
+  ctr -a "$1" -n k8s.io images tag --force "$image" localhost/before >/dev/null 2>&1 || true
+  ctr -a "$1" -n k8s.io images import - >/dev/null
+  ctr -a "$1" -n k8s.io images rm localhost/before >/dev/null 2>&1 || true
+}
+
 docker=; if docker info >/dev/null 2>&1; then docker=yes; fi
 for image; do
   if [ "$docker" ]; then id=$(docker image inspect --format '{{.Id}}' "$image"); else id=$(buildah inspect --type image --format '{{.FromImageID}}' "$image"); fi
@@ -27,7 +34,7 @@ for image; do
   find "$S/layers" -type f -exec cat {} + | sort -u >"$W/have"
   rm -f "$S/ids/$name" "$S/layers/$name"
   if [ "$docker" ]; then
-    for target in "$socket" ${NODES-}; do docker save "$image" | ctr -a "$target" -n k8s.io images import - >/dev/null; done
+    for target in "$socket" ${NODES-}; do docker save "$image" | import "$target"; done
   else
     # podman exports no layer that its target has: where the store has it unpacked already, an empty file of its size stands in.
     rm -rf "$S/layout"; mkdir -p "$S/layout/blobs/sha256"
@@ -35,7 +42,7 @@ for image; do
     podman --cgroup-manager=cgroupfs --events-backend=file save --quiet --format oci-dir --uncompressed --output "$S/layout" "$image"
     while read -r layer _; do rm "$S/layout/blobs/sha256/$layer"; done <"$W/have"
     once=--remove-files; [ -z "${NODES-}" ] || once=
-    for target in "$socket" ${NODES-}; do tar -C "$S/layout" $once -cf - blobs index.json oci-layout | ctr -a "$target" -n k8s.io images import - >/dev/null; done
+    for target in "$socket" ${NODES-}; do tar -C "$S/layout" $once -cf - blobs index.json oci-layout | import "$target"; done
     rm -rf "$S/layout"
   fi
   manifest=$(c images ls "name==$image" | awk 'NR == 2 {print $3}')
