@@ -38,6 +38,7 @@ compare: .venv/ready
 bench: .venv/ready
 	$(RUN) python benchmarks/train_step.py
 	$(RUN) python benchmarks/teacher_store.py
+	$(RUN) python benchmarks/int8.py
 
 # The environment: uv from PyPI in a place of its own, then exactly what the lock says, then this package.
 .venv/ready: requirements-dev.txt pyproject.toml

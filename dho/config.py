@@ -212,6 +212,11 @@ class RegistryConfig:
     intended_use: str = setting("Classifying photos like those it was trained on into its classes.", "Sentence of the model card.")
     data_licence: str | None = setting(None, "Licence of the data, for the model card; null takes the catalogue's.")
     teacher_licence: str | None = setting(None, "Licence of the teacher's weights, for the model card; null says that it is not known.")
+    precision: str = setting(
+        "float32",
+        "Arithmetic of the registered network; int8 is smaller and often faster, calibrated on val, and registered with its own accuracy.",
+        choices=("float32", "int8"),
+    )
     promote: str = setting("manual", "`auto`: stage `register` also promotes, when the rules allow it.", choices=("manual", "auto"))
     rules: RulesConfig = field(default_factory=RulesConfig)
 

@@ -32,7 +32,7 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
             versions += page
             token = page.token or ""
         story = history(client, name)
-    columns = ["version", "aliases", "method", *(key.removeprefix("test/") for key in METRICS), "p99 ms", "MB", "made", "run"]
+    columns = ["version", "aliases", "method", "precision", *(key.removeprefix("test/") for key in METRICS), "p99 ms", "MB", "made", "run"]
     rows = []
     for version in sorted(versions, key=lambda version: -int(version.version)):
         tags = version.tags
@@ -40,7 +40,13 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
         made = _date(version.creation_timestamp)
         size = f"{int(tags['artifact.bytes']) / 1e6:.1f}" if "artifact.bytes" in tags else ""
         status = "" if version.status == "READY" else f" ({version.status})"
-        cells = [f"{version.version}{status}", ", ".join(aliases), tags.get("method", ""), *(tags.get(key, "") for key in METRICS)]
+        cells = [
+            f"{version.version}{status}",
+            ", ".join(aliases),
+            tags.get("method", ""),
+            tags.get("precision", ""),
+            *(tags.get(key, "") for key in METRICS),
+        ]
         rows.append([*cells, tags.get(SPEED, ""), size, made, (version.run_id or "")[:8]])
     return columns, rows, [_sentence(entry) for entry in story]
 

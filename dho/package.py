@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import torch
 from mlflow.models import ModelSignature
@@ -93,7 +95,7 @@ def package_content(config: Config, card: StudentCard, alpha: float, beta: float
     """The part of `card.json` that decides what is answered."""
     student = {key: card.student[key] for key in ("input_size", "mean", "std", "interpolation")}
     names = {"class_names": card.class_names, "heads": card.heads, "alpha": alpha, "beta": beta}
-    return names | student | {"max_pixels": config.data.max_pixels}
+    return names | student | {"max_pixels": config.data.max_pixels, "precision": config.registry.precision}
 
 
 def package_origin(card: StudentCard) -> dict[str, Any]:
@@ -110,22 +112,35 @@ def package_digest(content: dict[str, Any]) -> str:
 
 def expected_answer(student: Student, example: bytes, max_pixels: int, alpha: float, beta: float) -> np.ndarray[Any, Any]:
     """What torch answers to the example, float32 [classes]; raises `DataError` when the example is not an image."""
+    images = _seen(student, example, max_pixels)
+    answer: np.ndarray[Any, Any] = student.predict(torch.from_numpy(images), alpha, beta)[0].numpy()
+    return answer
+
+
+def quantised_answer(network: Path, student: Student, example: bytes, max_pixels: int, alpha: float, beta: float) -> np.ndarray[Any, Any]:
+    """What an int8 file answers to the example, as `expected_answer`: torch's answer differs by what 8 bits lose."""
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    logits = dict(zip(student.heads, session.run(list(student.heads), {"images": _seen(student, example, max_pixels)}), strict=True))
+    answer: np.ndarray[Any, Any] = dho_runtime.mix(logits.get("ce"), logits.get("kd"), alpha, beta)[0]
+    return answer
+
+
+def _seen(student: Student, example: bytes, max_pixels: int) -> np.ndarray[Any, Any]:
+    """The example as the network sees it, float32 [1, 3, size, size]."""
     try:
         image = dho_runtime.decode(example, max_pixels)
     except dho_runtime.ImageRejected as error:
         raise DataError(f"the input example is not usable: {error}") from error
     config = student.config
     pixels = dho_runtime.render(image, dho_runtime.centre_box(*image.size), config.input_size, config.interpolation)
-    images = torch.from_numpy(dho_runtime.normalise(pixels[None], config.mean, config.std))
-    answer: np.ndarray[Any, Any] = student.predict(images, alpha, beta)[0].numpy()
-    return answer
+    return dho_runtime.normalise(pixels[None], config.mean, config.std)
 
 
 def check_answer(package: Any, example: bytes, expected: np.ndarray[Any, Any]) -> None:
-    """Raise `DhoError` unless the package, loaded as downstream loads it, gives the student's probability for the example."""
+    """Raise `DhoError` unless the package, loaded as downstream loads it, gives the expected probability for the example."""
     served = float(package.predict(pd.DataFrame({"image": [example]}))["probability"].iloc[0])
     if not abs(served - float(expected.max())) < 1e-3:
-        raise DhoError(f"the package gives its example probability {served:.4f}, the student {expected.max():.4f}; not registered")
+        raise DhoError(f"the package gives its example probability {served:.4f}, its network {expected.max():.4f}; not registered")
 
 
 def draw_example() -> bytes:

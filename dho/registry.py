@@ -35,8 +35,18 @@ from dho.lineage import Sources, gather, write_lineage
 from dho.measurement import Evidence, TestSet, folder_bytes, folder_digest, measure_speed, measure_test, open_package, serving_imports
 from dho.mlflow_server import connect, one_line, tracking_uri, who
 from dho.model_card import Subject, write_card
-from dho.package import Parts, check_answer, draw_example, expected_answer, package_content, package_digest, package_origin
+from dho.package import (
+    Parts,
+    check_answer,
+    draw_example,
+    expected_answer,
+    package_content,
+    package_digest,
+    package_origin,
+    quantised_answer,
+)
 from dho.promotion import recover
+from dho.quantise import calibration_batches, quantise_onnx
 from dho.student import StudentCard, load_student
 
 ALIAS = "candidate"
@@ -64,7 +74,7 @@ def register(
 
     Raises:
         DataError: no student, no metrics, metrics that do not fit the student, or an example that is not an image.
-        ConfigError: the backbone cannot be exported.
+        ConfigError: the backbone cannot be exported, or not quantised.
         DhoError: the package does not answer like the student.
         TrackingError: the MLflow server cannot be reached or refuses, or does not know the student's run.
     """
@@ -78,6 +88,11 @@ def register(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export_onnx(student, folder / "student.onnx")
+        if config.registry.precision == "int8":
+            if sources is None:
+                raise DataError("registry.precision is 'int8', which is calibrated on val images; give the prepared data")
+            quantise_onnx(folder / "student.onnx", folder / "student.onnx", calibration_batches(Index.load(sources.prepared), card.student))
+            expected = quantised_answer(folder / "student.onnx", student, example, config.data.max_pixels, alpha, beta)
         sha256 = sha256_file(folder / "student.onnx")
         content = package_content(config, card, alpha, beta) | {"onnx_sha256": sha256}
         package_sha256 = package_digest(content)
@@ -89,12 +104,12 @@ def register(
             write_atomically(folder / "card.json", json.dumps(content | origin, indent=2, ensure_ascii=False) + "\n")
             artifacts = {"student": str(folder / "student.onnx"), "card": str(folder / "card.json")}
             parts = Parts(content, origin, artifacts, example)
-            facts = gather(card, run, alpha, beta, sources)
+            facts = gather(card, run, alpha, beta, sources) | {"precision": config.registry.precision}
             description = _describe(config, card, run, facts, metrics, parts, folder, sources, expected)
             with one_line(uri, "cannot take the student's package"):
                 model_id = _log(client, run, card, parts, package_sha256)
                 tags = facts | _fetch_back(client, model_id, example, expected, folder / "fetched")
-            numbers = _numbers(metrics)
+            numbers = _numbers(metrics) if config.registry.precision == "float32" else _measured(folder / "evidence")
             tags |= {"package.sha256": package_sha256, "onnx.sha256": sha256} | {key: f"{value:.4f}" for key, value in numbers.items()}
             with one_line(uri, f"cannot add a version to {name}"):
                 _log_metrics(client, card, model_id, numbers)
@@ -146,6 +161,12 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _measured(evidence: Path) -> dict[str, float]:
+    """As `_numbers`, of the package itself: what training measured is not true of it."""
+    found = json.loads((evidence / "measured.json").read_text())["test"]["metrics"]
+    return _numbers({"test": {"combined": found}})
+
+
 def _make_registered_model(client: MlflowClient, name: str) -> None:
     try:
         client.create_registered_model(name)
@@ -183,7 +204,8 @@ def _describe(
         if sources is not None:
             test = TestSet.of(Index.load(sources.prepared))
             evidence = measure_test(package, test, config.evaluate.ece_bins)
-            _check_accuracy(evidence, metrics)
+            if config.registry.precision == "float32":
+                _check_accuracy(evidence, metrics)
             evidence.save(folder / "evidence" / "test.parquet", test.index.keys[test.rows])
             measured["test"] = {"fingerprint": test.fingerprint, "images": len(test.rows), "metrics": evidence.metrics}
             images = [test.index.read(int(row)) for row in test.rows[:64]]

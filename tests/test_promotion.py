@@ -13,6 +13,8 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -32,7 +34,7 @@ from dho.measurement import Evidence, TestSet
 from dho.promotion import PromotionRefused, history, promote, rollback
 from dho.registry import register
 from dho.rules import Facts, against, floors, interval
-from dho.serving.dho_runtime import centre_box, decode, render
+from dho.serving.dho_runtime import centre_box, decode, mix, render
 from dho.student import Student, StudentCard, save_student
 
 STUDENT = StudentConfig(model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 32]}, input_size=32)
@@ -328,6 +330,34 @@ def test_a_claim_lets_one_in_at_a_time(shop: Shop, monkeypatch: pytest.MonkeyPat
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(add, range(3)))
     assert shop.client.get_registered_model("counted").tags == {"count": "9"}
+
+
+def test_an_int8_version_is_smaller_and_stands_or_falls_with_its_own_accuracy(shop: Shop) -> None:
+    """The heads were solved for, with large weights that cancel each other, so 8 bits cost this student much; trained ones lose little."""
+    config = from_dict(to_dict(shop.config) | {"registry": {"name": "int8", "precision": "int8", "rules": {"min_top1": 0.9}}})
+    sources = Sources(shop.prepared, shop.folder / "no store", shop.folder / "no plots", shop.folder / "no repository")
+    # What training measured says nothing of this package, so it must not be found on it.
+    claimed = {source: {"top1": 0.123} for source in ("combined", "ce_head")}
+    (shop.folder / "claimed.json").write_text(json.dumps({"alpha": ALPHA, "beta": BETA, "test": claimed}))
+    arguments = (shop.folder / "good", shop.folder / "claimed.json", shop.folder / "int8.json")
+    with pytest.raises(DataError, match="calibrated on val images"):
+        register(config, *arguments)
+    done = register(config, *arguments, sources)
+    assert register(config, *arguments, sources) == done
+    version, whole = shop.client.get_model_version("int8", str(done["version"])), shop.versions["good"]
+    assert version.tags["precision"] == "int8" and whole.tags["precision"] == "float32" and "test/ce_head/top1" not in version.tags
+    assert "8-bit integers" in version.description and "8-bit integers" not in whole.description
+    folder = Path(mlflow.artifacts.download_artifacts(done["uri"])) / "artifacts"
+    measured = json.loads((folder / "evidence/measured.json").read_text())["test"]["metrics"]
+    session, index = onnxruntime.InferenceSession(folder / "student.onnx"), Index.load(shop.prepared)
+    logits = session.run(["ce", "kd"], {"images": _images(index, index.rows("test")).numpy()})
+    right = mix(*logits, ALPHA, BETA).argmax(1) == index.labels[index.rows("test")]
+    assert measured["top1"] == right.mean() and version.tags["test/combined/top1"] == f"{right.mean():.4f}"
+    float32 = Path(mlflow.artifacts.download_artifacts(f"models:/shop/{whole.version}")) / "artifacts/student.onnx"
+    assert (folder / "student.onnx").stat().st_size < 0.8 * float32.stat().st_size
+    assert {node.op_type for node in onnx.load(folder / "student.onnx").graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    decision = promote(config, shop.prepared)
+    assert decision.promoted == (right.mean() >= 0.9) and right.mean() > 1 / len(COLOURS)
 
 
 def test_lineage_says_what_made_a_version_and_how_to_make_it_again(shop: Shop) -> None:

@@ -117,25 +117,23 @@ CANNOT_START = {
 
 
 @pytest.fixture(scope="module")
-def launched(cluster: Cluster) -> Iterator[dict[str, tuple[Space, subprocess.CompletedProcess[str]]]]:
-    """All of them, at the same time."""
+def launched(cluster: Cluster) -> dict[str, tuple[subprocess.CompletedProcess[str], str]]:
+    """All of them at the same time: what `dho launch` said, and the jobs there were afterwards. Gone when another test adds nodes."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(CANNOT_START)) as pool:
         spaces = {name: stack.enter_context(made(cluster)) for name in CANNOT_START}
         done = {name: pool.submit(trouble.launch, spaces[name]) for name, trouble in CANNOT_START.items()}
-        yield {name: (spaces[name], future.result()) for name, future in done.items()}
+        return {name: (future.result(), spaces[name].kubectl("get", "pytorchjobs", "-o", "name")) for name, future in done.items()}
 
 
 @pytest.mark.parametrize("name", CANNOT_START)
-def test_why_a_job_does_not_start_is_said_in_one_line(
-    name: str, launched: dict[str, tuple[Space, subprocess.CompletedProcess[str]]]
-) -> None:
-    space, done = launched[name]
+def test_why_a_job_does_not_start_is_said_in_one_line(name: str, launched: dict[str, tuple[subprocess.CompletedProcess[str], str]]) -> None:
+    done, jobs = launched[name]
     assert done.returncode == NOT_STARTED, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     told = [line for line in lines if " does not start: " in line and CANNOT_START[name].words in line]
     assert len(told) == 1 and told[0].startswith("launch: "), done.stdout
     assert lines[-1].startswith(f"launch: job has not started in {START_S} s: ") and "`dho stop job" in lines[-1]
-    assert "pytorchjob.kubeflow.org/job" in space.kubectl("get", "pytorchjobs", "-o", "name")
+    assert "pytorchjob.kubeflow.org/job" in jobs
 
 
 def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> None:
