@@ -77,7 +77,8 @@ def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, 
 
     with Tracker.open(config.tracking, spool, run_id=card.run_id) as tracker:
         flat = {
-            f"{split}/{source}/{metric}": value
+            # val/* are the curves of training, at a fixed alpha and beta.
+            f"{'val_tuned' if split == 'val' else split}/{source}/{metric}": value
             for split in outputs
             for source, values in metrics[split].items()
             for metric, value in values.items()
