@@ -92,42 +92,28 @@ def test_kubectl_apply_trains_on_two_nodes_and_registers_what_torchrun_makes_her
     assert float(version.tags["test/combined/top1"]) == pytest.approx(here["test/combined/top1"], abs=1e-4)
 
 
-def test_a_killed_worker_process(start: Callable[..., Job], here: dict[str, float]) -> None:
-    job = start()
-    job.wait_for_step(100)
-    job.kill_trainers("worker-0")
-    job.wait_for_success()
-    same(job.check_record(STEPS), here)
-
-
-def test_a_deleted_pod_leaves_a_checkpoint_within_its_grace_period(start: Callable[..., Job], here: dict[str, float], cluster: Any) -> None:
-    job = start()
-    job.wait_for_step(100)
-    cluster.kubectl("delete", "pod", job.pod("worker-0"), "--wait=true")
-    newest = cluster.newest_checkpoint()
-    assert newest >= 100 and newest % TRAIN["checkpoint_every"] != 0, "no checkpoint was made for the signal"
-    job.wait_for_success()
-    same(job.check_record(STEPS), here)
-
-
-def test_a_container_over_its_memory_limit_once(start: Callable[..., Job], here: dict[str, float], cluster: Any) -> None:
-    job = start()
-    job.wait_for_step(60)
-    # Shared memory counts for the container, and the kernel then kills its largest process: the trainer.
-    cluster.overfill_memory(job.pod("worker-0"))
-    job.wait_for_log("(exitcode: -9)")
-    job.wait_for_success()
-    same(job.check_record(STEPS), here)
-
-
-def test_a_full_checkpoint_volume_and_an_mlflow_server_that_is_down_for_a_minute(
+def test_a_killed_process_a_deleted_pod_the_memory_limit_a_full_volume_and_mlflow_away_one_after_the_other(
     start: Callable[..., Job], here: dict[str, float], platform: Any, cluster: Any
 ) -> None:
     job = start()
+    # That a later step is reached shows each time that the job has gone on.
     job.wait_for_step(40)
+    job.kill_trainers("worker-0")
+
+    job.wait_for_step(100)
+    cluster.kubectl("delete", "pod", job.pod("worker-0"), "--wait=true")
+    newest = cluster.newest_checkpoint()
+    assert newest >= 100 and newest % TRAIN["checkpoint_every"] != 0, "no checkpoint was made for the signal within the grace period"
+
+    job.wait_for_step(160)
+    # Shared memory counts for the container, and the kernel then kills its largest process: the trainer.
+    cluster.overfill_memory(job.pod("worker-0"))
+    job.wait_for_log("(exitcode: -9)")
+
+    job.wait_for_step(220)
     with platform.without("mlflow"):
         with cluster.full_checkpoint_volume():
-            job.wait_for_step(160)
+            job.wait_for_step(280)
             job.wait_for_log("no checkpoint at step")
         time.sleep(60)
     job.wait_for_success()
@@ -153,23 +139,19 @@ def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
 
 
 @pytest.mark.nodes
-def test_a_node_that_is_lost_for_good(start: Callable[..., Job], here: dict[str, float], cluster: Any) -> None:
-    job = start()
-    job.wait_for_step(60)
-    node = job.node_of("worker-0")
-    cluster.lose_node(node)
-    cluster.kubectl("delete", "node", node)  # what a cloud's controller does
-    job.wait_for_success()
-    same(job.check_record(STEPS), here)
-
-
-@pytest.mark.nodes
-def test_a_node_that_is_lost_and_comes_back(start: Callable[..., Job], here: dict[str, float], cluster: Any) -> None:
+def test_a_node_that_is_lost_and_comes_back_and_one_that_is_lost_for_good(
+    start: Callable[..., Job], here: dict[str, float], cluster: Any
+) -> None:
     job = start()
     job.wait_for_step(60)
     node = job.node_of("worker-0")
     cluster.lose_node(node)
     cluster.start_node(node)
+
+    job.wait_for_step(160)
+    node = job.node_of("worker-0")
+    cluster.lose_node(node)
+    cluster.kubectl("delete", "node", node)  # what a cloud's controller does
     job.wait_for_success()
     same(job.check_record(STEPS), here)
 
