@@ -58,10 +58,10 @@ def connect(config: TrackingConfig) -> MlflowClient:
             engine = sqlalchemy.create_engine(uri)
             engine.connect().close()
             engine.dispose()
-        given = [name for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI") if name in os.environ]
+        unset = [name for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI") if name not in os.environ]
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        for name in {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} - set(given):
+        for name in unset:
             os.environ.pop(name, None)  # mlflow has set it, and it would win over another config in this process and in those it starts
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
