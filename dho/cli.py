@@ -6,6 +6,7 @@ Stages read `params.yaml` and the folders of the stage before, as `dvc.yaml` nam
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 import typing
@@ -21,6 +22,8 @@ from dho import __version__, cli_registry
 from dho.config import Config, KubernetesConfig, load
 from dho.errors import DhoError
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="dho",
@@ -388,10 +391,12 @@ def main(*arguments: str) -> None:
 
     try:
         app(list(arguments) or None)
-    except DhoError as error:
+    except (DhoError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            raise
         # In a pod RANK is the node's number until torchrun has started: only then do other ranks leave the word to rank 0.
         if not under_torchrun() or os.environ["RANK"] == "0":
-            print(f"dho: {error}", file=sys.stderr)
+            print(f"dho: {error}" + ("; make room, then run it again" if isinstance(error, OSError) else ""), file=sys.stderr)
         sys.exit(1)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ALONE, Tiny
 
 from dho import __version__
 from dho.cli import main
@@ -58,9 +64,25 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(
     assert err.startswith("dho: ") and err.count("\n") == 1 and words in err
 
 
-def test_a_folder_without_a_store_is_refused_before_anything_is_written(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    from conftest import ALONE
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny.tree))
+    (tmp_path / "data").mkdir()
+    shutil.copytree(tiny.folder / "raw", tmp_path / "data/raw")
+    done = subprocess.run(
+        [sys.executable, "-m", "dho", "prepare"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("dho: ") and done.stderr.endswith("; make room, then run it again\n") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "data/prepared").exists()
 
+
+def test_a_folder_without_a_store_is_refused_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dho.errors import StoreMismatch
     from dho.trainer import train
 
