@@ -19,7 +19,9 @@ import numpy.typing as npt
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from dho.config import ViewsConfig
 from dho.data.index import Index
+from dho.data.pixels import Pixels
 from dho.errors import ConfigError, DataError
 from dho.files import replacing
 from dho.serving import dho_runtime
@@ -39,12 +41,10 @@ def seen_by(student: dict[str, Any], index: Index, rows: Rows) -> Iterator[tuple
         index: of the prepared data.
         rows: of the index, int64 [images].
     """
+    pixels = Pixels(index, ViewsConfig(), student["input_size"], student["interpolation"])  # of which only the centre view is asked
     for start in range(0, len(rows), BATCH):
-        part, pixels = rows[start : start + BATCH], []
-        for row in part:
-            image = dho_runtime.decode(index.read(int(row)))
-            pixels.append(dho_runtime.render(image, dho_runtime.centre_box(*image.size), student["input_size"], student["interpolation"]))
-        yield dho_runtime.normalise(np.stack(pixels), student["mean"], student["std"]), part
+        part = rows[start : start + BATCH]
+        yield dho_runtime.normalise(pixels.batch(part, None).numpy(), student["mean"], student["std"]), part
 
 
 def calibration_batches(index: Index, student: dict[str, Any]) -> Iterator[npt.NDArray[np.float32]]:
