@@ -201,6 +201,9 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_neither_the_train
         line = training.stdout.readline()
         assert line, output
         output += line
+    before = newest(folder)
+    time.sleep(0.2)  # several checkpoints' time, and a small part of the training
+    assert newest(folder) == before, "checkpoints went on although no file could grow beyond 100 bytes"
     for trainer in trainers:
         trainer.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     output += training.stdout.read()
