@@ -80,7 +80,7 @@ def online(trainer: Trainer, teacher: Teacher, config: Config) -> Iterator[tuple
         Pixels(index, config.views, teacher.input_size, teacher.interpolation),
         index.labels,
     )
-    for step, (batch, for_teacher) in enumerate(loader(make, 0, trainer.streams.steps, config.launch.workers)):
+    for step, (batch, for_teacher) in enumerate(loader(make, 0, trainer.streams.steps, trainer.streams.workers)):
         for name, pixels in for_teacher.items():
             embeddings = teacher.embed(pixels).half()
             filled = embeddings.new_zeros(len(embeddings), trainer.store.dim)

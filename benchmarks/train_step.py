@@ -1,69 +1,83 @@
 """How much of the bare student's speed the real training loop keeps: `python benchmarks/train_step.py`
 
-In one process, in turns: an epoch of the real loop (index, shards, decoding, views, teacher store, losses, optimizer, logging interval,
-checkpoint) and as many steps of the bare student on synthetic tensors that are already in memory. Prints images/s of both in every
-round; the last line is the median ratio real / bare. Needs the data of `make repro`.
+In one process, in turns, for as many epochs as `train.epochs` says: an epoch of the real loop (index, shards, decoding, views, store,
+losses, optimizer, logging interval, checkpoints, val) and half as many steps of the bare student on synthetic tensors that are already
+in memory. Prints images/s of both in every epoch; the last line is the ratio real / bare of all of them. Needs the data of `make repro`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from dho.config import Config, load
-from dho.distributed import Process, process_group
+from dho.distributed import process_group
 from dho.layout import PREPARED, STORE
 from dho.student import Student
+from dho.tracking import Tracker
 from dho.trainer import Trainer
 
-ROUNDS = 3
+
+class Measured(Trainer):
+    """A training that lets the bare student run between its epochs."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bare = Bare(self.config, self.process.device, len(self.index.class_names))
+        self.bare.seconds(20)  # warm-up
+        self.since = time.perf_counter()
+        self.real_seconds, self.bare_seconds = 0.0, 0.0
+
+    def end_epoch(self, tracker: Tracker | None) -> None:
+        super().end_epoch(tracker)
+        real = time.perf_counter() - self.since
+        steps = self.streams.plan.steps_per_epoch
+        bare = 2 * self.bare.seconds(steps // 2) * steps / (steps // 2 * 2)
+        images = sum(sum(self.streams.sizes(step).values()) for step in range(steps))
+        print(f"epoch {len(self.state.history)}: real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}", flush=True)
+        self.real_seconds += real
+        self.bare_seconds += bare
+        self.since = time.perf_counter()
+
+
+class Bare:
+    """The student's step and nothing else: one batch of synthetic images, forward, backward, AdamW."""
+
+    def __init__(self, config: Config, device: torch.device, classes: int) -> None:
+        self.device = device
+        self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+        size, count = config.student.input_size, config.train.batch_labelled + config.train.batch_unlabelled
+        memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.student: Any = Student(config.student, classes).to(device, memory_format=memory).train()  # type: ignore[call-overload]
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), fused=device.type == "cuda" or None)
+        self.images = torch.randn(count, 3, size, size, device=device).to(memory_format=memory)
+        self.labels = torch.randint(classes, (count,), device=device)
+
+    def seconds(self, steps: int) -> float:
+        """How long that many steps take."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                outputs = self.student(self.images)
+                loss = functional.cross_entropy(outputs["ce"], self.labels) + functional.cross_entropy(outputs["kd"], self.labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 def main() -> None:
-    config = load()
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
     with process_group() as process, tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, PREPARED, STORE, Path(folder) / "out", Path(folder) / "checkpoints", process)
-        images = sum(sum(trainer.streams.sizes(step).values()) for step in range(trainer.streams.steps))
-        bare(config, process, trainer.index.class_names, 20)  # warm-up
-        ratios = []
-        for number in range(ROUNDS):
-            start = time.perf_counter()
-            bare(config, process, trainer.index.class_names, trainer.streams.steps)
-            bare_rate = images / (time.perf_counter() - start)
-            trainer.state.step = 0
-            start = time.perf_counter()
-            trainer.loop(None)
-            real_rate = images / (time.perf_counter() - start)
-            ratios.append(real_rate / bare_rate)
-            print(f"round {number + 1}: real loop {real_rate:,.0f} images/s, bare student {bare_rate:,.0f} images/s", flush=True)
-    print(f"ratio {statistics.median(ratios):.2f}")
-
-
-def bare(config: Config, process: Process, class_names: list[str], steps: int) -> None:
-    """The student's step and nothing else: one batch of synthetic images, forward, backward, AdamW."""
-    size, count = config.student.input_size, config.train.batch_labelled + config.train.batch_unlabelled
-    memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    student = Student(config.student, len(class_names)).to(process.device, memory_format=memory).train()
-    optimizer = torch.optim.AdamW(student.parameters(), fused=process.device.type == "cuda" or None)
-    images = torch.randn(count, 3, size, size, device=process.device).to(memory_format=memory)
-    labels = torch.randint(len(class_names), (count,), device=process.device)
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and process.device.type == "cuda")
-    for _ in range(steps):
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
-            outputs = student(images)
-            loss = functional.cross_entropy(outputs["ce"], labels) + functional.cross_entropy(outputs["kd"], labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    if process.device.type == "cuda":
-        torch.cuda.synchronize()
+        trainer = Measured(load(), PREPARED, STORE, Path(folder) / "out", Path(folder) / "checkpoints", process)
+        trainer.loop(None)
+    print(f"ratio {trainer.bare_seconds / trainer.real_seconds:.2f}")
 
 
 if __name__ == "__main__":

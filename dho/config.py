@@ -238,7 +238,12 @@ class LaunchConfig:
     """How stages `teach` and `train` are started; results do not depend on it beyond BatchNorm's batches."""
 
     target: str = setting("local", "Where stages teach and train run.", choices=("local", "kubernetes"))
-    workers: int = setting(1, "Data-loading processes on each rank; 0 loads in the process itself.", low=0)
+    workers: int | None = setting(
+        None,
+        "Data-loading processes on each rank; 0 loads in the training process itself; null is one a CPU of the rank, at most 8, with a "
+        "GPU, and 0 without one, where they would take the CPUs from the training.",
+        low=0,
+    )
     processes: int | None = setting(None, "torchrun processes on this machine; null is one a GPU, or 1 without a GPU.", low=1)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 

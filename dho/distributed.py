@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dho.allocator import keep_freed_memory
+
 SILENCE = timedelta(minutes=5)
 """How long ranks wait for one that says nothing (a node that lost power closes no connection) before the training ends with an error."""
 LONGEST_FINISH = timedelta(hours=2)
 """How long the other ranks wait while rank 0 alone finishes a job."""
+MOST_LOADING_PROCESSES = 8
+"""On each rank, unless `launch.workers` says another number."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ def process_group() -> Iterator[Process]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     alone = "RANK" not in os.environ
     if alone:
         yield Process(0, 1, device)
@@ -52,6 +58,20 @@ def process_group() -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def loading_processes(asked: int | None, device: torch.device) -> int:
+    """Data-loading processes of this rank: `launch.workers`, or what its null stands for.
+
+    A CPU that trains is busy with every core: what a loading process takes there, the step waits for (benchmarks/train_step.py).
+    """
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return 0
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = int(os.environ.get("CPUS", here))  # of a pod, which sees all of its node's
+    return max(1, min(MOST_LOADING_PROCESSES, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def part(count: int, index: int, parts: int) -> range:

@@ -26,7 +26,7 @@ from dho.checkpoint import Checkpoints, State
 from dho.config import Config, digest, flatten, to_dict
 from dho.data.index import Index
 from dho.data.streams import Batch, Streams
-from dho.distributed import Process, StopFlag, barrier, mean_over_ranks, others_wait, part
+from dho.distributed import Process, StopFlag, barrier, loading_processes, mean_over_ranks, others_wait, part
 from dho.evaluation import quick
 from dho.files import write_atomically
 from dho.head_outputs import HeadOutputs, head_outputs
@@ -133,7 +133,7 @@ class Trainer:
                     shown.update(line, note=f"loss {metrics['train/loss/total']:.3f}")
                     said(state.step, steps, metrics["train/loss/total"], metrics["system/images_per_s"])
                 if ends_epoch:
-                    self._end_epoch(tracker)
+                    self.end_epoch(tracker)
                 stop = self.stop.agreed()
                 if stop or state.step % train.checkpoint_every == 0:
                     meter.save(state)
@@ -174,7 +174,8 @@ class Trainer:
         device = self.process.device
         return {stream: {key: value.to(device, non_blocking=True) for key, value in entries.items()} for stream, entries in batch.items()}
 
-    def _end_epoch(self, tracker: Tracker | None) -> None:
+    def end_epoch(self, tracker: Tracker | None) -> None:
+        """Measure the student on val and write that down."""
         epoch = self.state.step // self.streams.plan.steps_per_epoch
         outputs = self._head_outputs("val")
         if outputs is not None:
@@ -194,7 +195,7 @@ class Trainer:
             self.index.rows(split),
             self.process,
             train.eval_batch_size,
-            self.config.launch.workers,
+            loading_processes(self.config.launch.workers, self.process.device),
             train.channels_last,
         )
 

@@ -75,6 +75,18 @@ def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
     assert torch.equal(pixels.batch(rows, views), first_again)
 
 
+def test_decoded_images_are_kept_as_far_as_their_bytes_allow_and_change_no_pixel(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("dho.data.pixels.decode", lambda data, max_pixels: decoded.append(data) or decode(data, max_pixels))
+    room_for_two = 2 * 4 * 40 * 36 + 100
+    pixels, fresh = (Pixels(tiny.index, tiny.config.views, 16, "bilinear", keep_bytes) for keep_bytes in (room_for_two, 0))
+    rows = [3, 1, 8]
+    for view in (0, 1, 0):
+        assert torch.equal(pixels.batch(rows, view), fresh.batch(rows, view))
+    of_row = [decoded.count(tiny.index.read(row)) - 3 for row in rows]  # `fresh` decodes each of them every time
+    assert of_row == [1, 1, 3]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_processes_render_the_same_pixels(tiny: Tiny, workers: int) -> None:
     pixels = Pixels(tiny.index, tiny.config.views, 24, "bicubic")

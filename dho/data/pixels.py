@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,16 +25,27 @@ from dho.data.views import random_view
 from dho.errors import DataError
 from dho.serving.dho_runtime import ImageRejected, centre_box, decode, render
 
+KEEP_BYTES = 256 * 2**20
+"""Decoded images that a process keeps for the next epoch, and views of the few labelled images, which come again in every other step: so
+much for each."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Pixels:
-    """Renders views of an index at one model's input size."""
+    """Renders views of an index at one model's input size.
+
+    Args:
+        index, views, size, interpolation: what is rendered, and how.
+        keep_bytes: memory for decoded images that a process keeps, first come first kept; of use where images come again.
+    """
 
     index: Index
     views: ViewsConfig
     size: int
     interpolation: str
-    _kept: dict[tuple[int, int | None], np.ndarray[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
+    keep_bytes: int = 0
+    _views: dict[tuple[int, int | None], np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+    _images: dict[int, Image.Image] = field(default_factory=dict, repr=False)
 
     def batch(
         self, rows: Sequence[int] | np.ndarray[Any, Any], view: int | Sequence[int] | np.ndarray[Any, Any] | None, keep: bool = False
@@ -42,7 +54,7 @@ class Pixels:
 
         Args:
             rows, view: which.
-            keep: remember what is rendered, in this process, for rows that come again and again.
+            keep: remember what is rendered, in this process, for views that come again and again.
 
         Raises:
             DataError: an image cannot be decoded although `prepare` could (the shard was changed).
@@ -51,12 +63,12 @@ class Pixels:
         out = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
             place = (int(row), number)
-            if place in self._kept:
-                out[i] = self._kept[place]
+            if place in self._views:
+                out[i] = self._views[place]
                 continue
             self._render(int(row), [number], out[i : i + 1])
             if keep:
-                self._kept[place] = out[i].copy()
+                self._views[place] = out[i].copy()
         return torch.from_numpy(out)
 
     def all_views(self, rows: Sequence[int] | np.ndarray[Any, Any], count: int | None) -> Tensor:
@@ -67,13 +79,23 @@ class Pixels:
             self._render(int(row), numbers, out[i])
         return torch.from_numpy(out)
 
-    def _render(self, row: int, numbers: Sequence[int | None], out: np.ndarray[Any, Any]) -> None:
+    def _decode(self, row: int) -> Image.Image:
+        if row in self._images:
+            return self._images[row]
         try:
             image = decode(self.index.read(row), max_pixels=sys.maxsize)  # `prepare` has applied `data.max_pixels`
         except ImageRejected as reason:
             raise DataError(
                 f"image {self.index.keys[row]} of {self.index.folder} cannot be decoded ({reason}); run the prepare stage"
             ) from reason
+        size = 4 * image.width * image.height  # Pillow keeps RGB in 4 bytes
+        if size <= self.keep_bytes:
+            self.keep_bytes -= size
+            self._images[row] = image
+        return image
+
+    def _render(self, row: int, numbers: Sequence[int | None], out: np.ndarray[Any, Any]) -> None:
+        image = self._decode(row)
         for i, number in enumerate(numbers):
             if number is None:
                 box, flip = centre_box(image.width, image.height), False

@@ -13,6 +13,8 @@ image), and a step into equal shares. Nothing is padded and nothing is lost.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +26,17 @@ from torch import Tensor
 
 from dho.config import Config
 from dho.data.index import Index
-from dho.data.pixels import Pixels, loader
-from dho.distributed import Process, part
+from dho.data.pixels import KEEP_BYTES, Pixels, loader
+from dho.distributed import Process, loading_processes, part
 from dho.errors import ConfigError
 from dho.teacher.store import TeacherStore
 
-KEEP_BYTES = 256 * 2**20
-"""Views of the labelled images that a loading process may keep; the few labels come again in every other step."""
+ALIGNMENT = 16
+"""Bytes; a packed tensor begins at a multiple of it, as the largest dtype asks."""
 
 Batch = dict[str, dict[str, Tensor]]
+Layout = list[tuple[str, str, torch.dtype, tuple[int, ...], int]]
+"""Stream, name, dtype, shape and first byte of every tensor of a packed batch."""
 Rows = npt.NDArray[np.int64]
 
 
@@ -111,12 +115,12 @@ class Streams:
     ) -> None:
         self.plan = plan(index, config)
         self.process = process
-        self.workers = config.launch.workers
+        self.workers = loading_processes(config.launch.workers, process.device)
         self.epochs = config.train.epochs
         self._make = functools.partial(
             _load,
             self.plan,
-            Pixels(index, config.views, config.student.input_size, config.student.interpolation),
+            Pixels(index, config.views, config.student.input_size, config.student.interpolation, KEEP_BYTES),
             store,
             index.labels,
             uses,
@@ -139,8 +143,8 @@ class Streams:
 
     def from_step(self, step: int) -> Iterator[tuple[int, Batch]]:
         """(step, this rank's batch) from step number `step` to the last."""
-        batches = loader(self._make, step, self.steps, self.workers, pin_memory=self.process.device.type == "cuda")
-        return zip(range(step, self.steps), batches, strict=True)
+        packed = loader(self._make, step, self.steps, self.workers, pin_memory=self.process.device.type == "cuda")
+        return zip(range(step, self.steps), itertools.starmap(unpack, packed), strict=True)
 
     def sizes(self, step: int) -> dict[str, int]:
         """Images of each stream in a step, over all ranks."""
@@ -153,7 +157,7 @@ class Streams:
 
 def _load(
     plan: StreamPlan, pixels: Pixels, store: TeacherStore, labels: Rows, uses: tuple[str, ...], rank: int, world_size: int, step: int
-) -> Batch:
+) -> tuple[Tensor, Layout]:
     batch: Batch = {}
     for name in uses:
         rows, views = plan.labelled_at(step) if name == "labelled" else plan.unlabelled_at(step)
@@ -164,4 +168,28 @@ def _load(
         if name == "labelled":
             entries["label"] = torch.from_numpy(labels[rows])
         batch[name] = entries
+    return pack(batch)
+
+
+def pack(batch: Batch) -> tuple[Tensor, Layout]:
+    """A batch as one tensor of bytes and where in it everything is: a tensor that leaves a loading process costs a connection each."""
+    pieces: list[Tensor] = []
+    layout: Layout = []
+    end = 0
+    for stream, entries in batch.items():
+        for key, value in entries.items():
+            layout.append((stream, key, value.dtype, tuple(value.shape), end))
+            data = value.contiguous().view(-1).view(torch.uint8)
+            padding = -len(data) % ALIGNMENT
+            pieces += [data, data.new_zeros(padding)]
+            end += len(data) + padding
+    return torch.cat(pieces), layout
+
+
+def unpack(packed: Tensor, layout: Layout) -> Batch:
+    """What `pack` was given; its tensors share the memory of `packed`."""
+    batch: Batch = {}
+    for stream, key, dtype, shape, start in layout:
+        data = packed[start : start + math.prod(shape) * dtype.itemsize]
+        batch.setdefault(stream, {})[key] = data.view(dtype).view(shape)
     return batch

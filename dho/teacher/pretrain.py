@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dho.config import Config, PretrainConfig
 from dho.data.index import Index
-from dho.data.pixels import Pixels, loader
+from dho.data.pixels import KEEP_BYTES, Pixels, loader
+from dho.distributed import loading_processes
 from dho.errors import ConfigError, DataError
 from dho.files import write_atomically, write_tensors
 from dho.progress import bar
@@ -114,19 +115,18 @@ def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], t
     mean, std = (torch.tensor(preprocess[key], device=device).mul_(255) for key in ("mean", "std"))
     per_epoch = max(1, len(rows) // settings.batch_size)
     steps = per_epoch * settings.epochs
-    make = functools.partial(
-        _batch, Pixels(index, config.views, size, preprocess["interpolation"]), rows, tokens, settings.seed, settings.batch_size, per_epoch
-    )
+    pixels = Pixels(index, config.views, size, preprocess["interpolation"], KEEP_BYTES)
+    make = functools.partial(_batch, pixels, rows, tokens, settings.seed, settings.batch_size, per_epoch)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}])
     contrast = open_clip.ClipLoss()
     with bar() as shown:
         task = shown.add_task("pretrain", total=steps, note="")
-        for step, (pixels, text) in enumerate(loader(make, 0, steps, workers=config.launch.workers)):
+        for step, (batch, text) in enumerate(loader(make, 0, steps, loading_processes(config.launch.workers, device))):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * learning_rate_share(step, steps, warmup=max(1, steps // 10))
-            images = ((pixels.to(device).float() - mean) / std).permute(0, 3, 1, 2)
+            images = ((batch.to(device).float() - mean) / std).permute(0, 3, 1, 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 features, text_features, scale = model(images, text.to(device))
             loss = contrast(features.float(), text_features.float(), scale)

@@ -23,7 +23,7 @@ from dho.config import Config, digest
 from dho.data.catalogue import templates
 from dho.data.index import Index
 from dho.data.pixels import Pixels, loader
-from dho.distributed import Process, barrier, part
+from dho.distributed import Process, barrier, loading_processes, part
 from dho.errors import StoreMismatch
 from dho.files import replacing, sha256_file, write_atomically
 from dho.progress import bar
@@ -112,7 +112,8 @@ def _write_missing(config: Config, index: Index, teacher: Teacher, meta: dict[st
         jobs = [(number, batch) for number in mine for batch in _batches(part(len(rows), number, shards), per_batch)]
         pixels = Pixels(index, config.views, teacher.input_size, teacher.interpolation)
         make = functools.partial(_render, pixels, rows, [batch for _, batch in jobs], count)
-        rendered = iter(loader(make, 0, len(jobs), config.launch.workers, pin_memory=teacher.device.type == "cuda"))
+        workers = loading_processes(config.launch.workers, teacher.device)
+        rendered = iter(loader(make, 0, len(jobs), workers, pin_memory=teacher.device.type == "cuda"))
         with bar(process.is_main) as shown:
             task = shown.add_task(f"teach: {name}", total=sum(len(batch) for _, batch in jobs) * (count or 1), note="")
             for number in mine:

@@ -1,0 +1,24 @@
+"""The C library's memory allocator, set for training on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+KEPT_BYTES = 2**30
+"""Freed memory that a process keeps for its next step instead of giving it back."""
+
+# malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of a step's tensors for the next step; False where the C library is not glibc.
+
+    As glibc comes, it gives a step's large tensors back to the kernel and has their pages cleared and mapped again in the next step
+    (6,000 pages a step with the default student: `benchmarks/allocator.py`).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS and musl have none, Windows no such handle
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES))
