@@ -21,6 +21,7 @@ import open_clip
 import torch
 from torch import Tensor
 
+from dho.allocator import keep_freed_memory
 from dho.config import Config, PretrainConfig
 from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
@@ -110,6 +111,8 @@ def _architecture(path: str) -> dict[str, Any]:
 def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], tokens: Tensor, preprocess: dict[str, Any]) -> None:
     settings = config.pretrain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device, memory_format=torch.channels_last).train()
     size = int(model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size)
     mean, std = (torch.tensor(preprocess[key], device=device).mul_(255) for key in ("mean", "std"))
