@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 PATIENCE_S = 420
 LOG_EVERY = 20
+STEPS_PER_EPOCH = 315
 # Kills every process whose parent is the container's first one, torchrun: the trainers.
 KILL_TRAINERS = (
     "import glob, os, signal\n"
@@ -72,6 +73,15 @@ class Job:
             assert time.monotonic() < deadline, f"no step {step} in {PATIENCE_S} s\n{self.story()}"
             time.sleep(1)
 
+    def wait_for_checkpoint(self, beyond: int) -> int:
+        """Wait until there is a checkpoint of a later step than `beyond`, and training is not over; returns its step."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (newest := self.cluster.newest_checkpoint()) <= beyond:
+            assert "Succeeded" not in (phases := self.phases()) and "Failed" not in phases, self.story()
+            assert time.monotonic() < deadline, f"no checkpoint beyond step {beyond} in {PATIENCE_S} s\n{self.story()}"
+            time.sleep(0.3)
+        return int(newest)
+
     def wait_for_log(self, words: str, patience_s: float = 60) -> None:
         """Wait until a pod's log holds the words; ask before the job's end, with which the workers' pods and logs go."""
         deadline = time.monotonic() + patience_s
@@ -108,13 +118,14 @@ class Job:
     def check_record(self, steps: int) -> Any:
         """The run holds every logged step and every epoch exactly once; returns it."""
         run = self.run()
-        expected = sorted({*range(LOG_EVERY, steps + 1, LOG_EVERY), steps})
+        epochs = list(range(STEPS_PER_EPOCH, steps + 1, STEPS_PER_EPOCH))
+        expected = sorted({*range(LOG_EVERY, steps + 1, LOG_EVERY), *epochs})
         for name in ("train/loss/ce", "train/loss/kd_unlabelled", "train/learning_rate"):
             counts = Counter(metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name))
             assert sorted(counts) == expected, f"{name}: {sorted(counts)}"
             assert set(counts.values()) == {1}, f"{name} has steps twice: {counts}"
         for name in ("val/ce_head/top1", "val/kd_head/top1", "val/combined/top1"):
-            assert [metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name)] == [steps], name
+            assert [metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name)] == epochs, name
         return run
 
 
