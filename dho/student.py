@@ -72,7 +72,10 @@ class Student(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [n, size, size, 3] on any device -> float32 [n, 3, size, size], channels-last in memory."""
-        return (pixels.to(torch.float32) / self.scale - self.shift).permute(0, 3, 1, 2)
+        count, height, width, channels = pixels.shape
+        # By rows and not by pixels: arithmetic that repeats every 3 values is three times as slow on a CPU.
+        rows = pixels.reshape(count, height, width * channels).to(torch.float32) / self.scale.repeat(width) - self.shift.repeat(width)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def predict(self, images: Tensor, alpha: float, beta: float) -> Tensor:
