@@ -37,6 +37,7 @@ compare: .venv/ready
 
 bench: .venv/ready
 	$(RUN) python benchmarks/train_step.py
+	$(RUN) python benchmarks/allocator.py
 	$(RUN) python benchmarks/teacher_store.py
 	$(RUN) python benchmarks/int8.py
 

@@ -17,7 +17,7 @@ from train_step import Bare
 from dho.allocator import keep_freed_memory
 from dho.config import load
 
-ROUNDS, STEPS, CLASSES = 3, 150, 10
+ROUNDS, STEPS, CLASSES = 3, 80, 10
 
 
 def main() -> None:

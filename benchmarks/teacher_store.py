@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -48,9 +49,7 @@ def main() -> None:
             seconds = {}
             for name, batches in (("store", trainer.streams.from_step(0)), ("online", online(trainer, teacher, config))):
                 start = time.perf_counter()
-                for step, batch in batches:
-                    if step == counted:
-                        break
+                for step, batch in itertools.islice(batches, counted):
                     trainer.step(trainer.to_device(batch), step)
                 if process.device.type == "cuda":
                     torch.cuda.synchronize()
