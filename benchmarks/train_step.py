@@ -37,7 +37,7 @@ class Measured(Trainer):
         super().end_epoch(tracker)
         real = time.perf_counter() - self.since
         steps = self.streams.plan.steps_per_epoch
-        bare = 2 * self.bare.seconds(steps // 2) * steps / (steps // 2 * 2)
+        bare = self.bare.seconds(steps // 2) * steps / (steps // 2)
         images = sum(sum(self.streams.sizes(step).values()) for step in range(steps))
         print(f"epoch {len(self.state.history)}: real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}", flush=True)
         self.real_seconds += real

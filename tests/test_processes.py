@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 
 from dho.distributed import MOST_LOADING_PROCESSES, loading_processes
 
+HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -24,7 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (None, GPU, {"CPUS": "64"}, MOST_LOADING_PROCESSES),
         (None, GPU, {"CPUS": "16", "LOCAL_WORLD_SIZE": "4"}, 4),
         (None, GPU, {"CPUS": "4", "LOCAL_WORLD_SIZE": "8"}, 1),
-        (None, GPU, {}, min(MOST_LOADING_PROCESSES, len(os.sched_getaffinity(0)))),
+        (None, GPU, {}, min(MOST_LOADING_PROCESSES, HERE)),
     ],
 )
 def test_loading_processes_are_those_asked_for_or_fit_the_device_and_the_cpus_of_the_rank(
@@ -53,7 +55,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="not glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_a_steps_freed_memory_is_kept_for_the_next_step() -> None:
     faults = {
         name: int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, name], check=True, capture_output=True, text=True).stdout)

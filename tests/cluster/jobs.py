@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,20 +68,19 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until training has reached a step, and is not over."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self.step() < step:
-            assert "Succeeded" not in self.phases() and "Failed" not in self.phases(), self.story()
-            assert time.monotonic() < deadline, f"no step {step} in {PATIENCE_S} s\n{self.story()}"
-            time.sleep(1)
+        self._wait_beyond(step - 1, self.step, "step", pause_s=1)
 
     def wait_for_checkpoint(self, beyond: int) -> int:
         """Wait until there is a checkpoint of a later step than `beyond`, and training is not over; returns its step."""
+        return self._wait_beyond(beyond, self.cluster.newest_checkpoint, "checkpoint", pause_s=0.3)
+
+    def _wait_beyond(self, beyond: int, newest: Callable[[], int], what: str, pause_s: float) -> int:
         deadline = time.monotonic() + PATIENCE_S
-        while (newest := self.cluster.newest_checkpoint()) <= beyond:
+        while (found := newest()) <= beyond:
             assert "Succeeded" not in (phases := self.phases()) and "Failed" not in phases, self.story()
-            assert time.monotonic() < deadline, f"no checkpoint beyond step {beyond} in {PATIENCE_S} s\n{self.story()}"
-            time.sleep(0.3)
-        return int(newest)
+            assert time.monotonic() < deadline, f"no {what} beyond step {beyond} in {PATIENCE_S} s\n{self.story()}"
+            time.sleep(pause_s)
+        return found
 
     def wait_for_log(self, words: str, patience_s: float = 60) -> None:
         """Wait until a pod's log holds the words; ask before the job's end, with which the workers' pods and logs go."""
@@ -115,17 +115,17 @@ class Job:
         assert runs[0].info.status == "FINISHED"
         return runs[0]
 
-    def check_record(self, steps: int) -> Any:
+    def check_record(self, epochs: int = 1) -> Any:
         """The run holds every logged step and every epoch exactly once; returns it."""
         run = self.run()
-        epochs = list(range(STEPS_PER_EPOCH, steps + 1, STEPS_PER_EPOCH))
-        expected = sorted({*range(LOG_EVERY, steps + 1, LOG_EVERY), *epochs})
+        ends = [STEPS_PER_EPOCH * epoch for epoch in range(1, epochs + 1)]
+        expected = sorted({*range(LOG_EVERY, ends[-1] + 1, LOG_EVERY), *ends})
         for name in ("train/loss/ce", "train/loss/kd_unlabelled", "train/learning_rate"):
             counts = Counter(metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name))
             assert sorted(counts) == expected, f"{name}: {sorted(counts)}"
             assert set(counts.values()) == {1}, f"{name} has steps twice: {counts}"
         for name in ("val/ce_head/top1", "val/kd_head/top1", "val/combined/top1"):
-            assert [metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name)] == epochs, name
+            assert [metric.step for metric in self.mlflow.get_metric_history(run.info.run_id, name)] == ends, name
         return run
 
 

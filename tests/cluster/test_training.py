@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import STEPS_PER_EPOCH, Job, measured, with_revision
+from jobs import Job, measured, with_revision
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = STEPS_PER_EPOCH
-"""Of the one epoch that these jobs train, but for the one that needs time for five troubles."""
 TRAIN = {"epochs": 1, "log_every": 20, "checkpoint_every": 30}
+"""Of these jobs, but for the one that needs time for five troubles."""
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +88,7 @@ def test_kubectl_apply_trains_on_two_nodes_and_registers_what_torchrun_makes_her
     )
     assert cluster.kubectl("exec", job.pod("master-0"), "-c", "pytorch", "--", "id", "-u").strip() == "10001"
     job.wait_for_success()
-    run = job.check_record(STEPS)
+    run = job.check_record()
     same(run, here)
     version = platform.mlflow.get_model_version_by_alias("dho-student", "candidate")
     # On a platform that has seen this job before, the same package is the version that it was then.
@@ -129,7 +128,7 @@ def test_a_killed_process_a_deleted_pod_the_memory_limit_a_full_volume_and_mlflo
             job.wait_for_log("no checkpoint at step")
         time.sleep(60)
     job.wait_for_success()
-    same(job.check_record(2 * STEPS), trained_here(platform, two_epochs, tmp_path))
+    same(job.check_record(epochs=2), trained_here(platform, two_epochs, tmp_path))
 
 
 def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
@@ -146,7 +145,7 @@ def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
     with cluster.without_api_server():
         time.sleep(30)
     assert launched.wait(timeout=400) == 0, (tmp_path / "log").read_text()
-    same(job.check_record(STEPS), here)
+    same(job.check_record(), here)
     cluster.kubectl("delete", "pytorchjob", "launched")
 
 
@@ -158,7 +157,7 @@ def test_a_node_that_is_lost_for_good(start: Callable[..., Job], here: dict[str,
     cluster.lose_node(node)
     cluster.kubectl("delete", "node", node)  # what a cloud's controller does
     job.wait_for_success()
-    same(job.check_record(STEPS), here)
+    same(job.check_record(), here)
 
 
 @pytest.mark.nodes
@@ -169,7 +168,7 @@ def test_a_node_that_is_lost_and_comes_back(start: Callable[..., Job], here: dic
     cluster.lose_node(node)
     cluster.start_node(node)
     job.wait_for_success()
-    same(job.check_record(STEPS), here)
+    same(job.check_record(), here)
 
 
 @pytest.mark.nodes
@@ -181,6 +180,6 @@ def test_an_elastic_node_that_is_lost_and_comes_back(start: Callable[..., Job], 
     cluster.lose_node(node)
     cluster.start_node(node)
     job.wait_for_success()
-    run = job.check_record(STEPS)
+    run = job.check_record()
     # With one node for a while BatchNorm has seen other batches, so the result is alike and not the same.
     assert run.data.metrics["test/combined/top1"] > 0.5
