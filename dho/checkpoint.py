@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from dho.distributed import Process, barrier
 from dho.errors import CheckpointError
-from dho.files import sha256_file, sync, write_atomically, write_tensors
+from dho.files import sha256_file, sync, write_atomically
+from dho.tensors import write_tensors
 
 MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, RNG, STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"

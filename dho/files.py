@@ -8,24 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file; readers see the old one or the new one, never a part."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file (CPU tensors, made contiguous), whole or not at all; raises `OSError` where the system refuses."""
-    with replacing(path) as temporary:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ import pandas as pd
 from dho.config import digest
 from dho.data.index import Index
 from dho.errors import DataError
-from dho.evaluation import measure
 from dho.files import replacing, sha256_file
 
 CODE = Path(__file__).parent / "serving"
@@ -141,6 +140,8 @@ def open_package(folder: Path | str, threads: int = 0) -> Iterator[Any]:
 
 def measure_test(package: Any, test: TestSet, ece_bins: int = 15) -> Evidence:
     """Every test image through the package; raises `DataError` when the package knows other classes than the test set has."""
+    from dho.evaluation import measure  # it brings torch, which nobody needs who only reads or judges what was measured
+
     names = test.index.class_names
     numbers = {name: number for number, name in enumerate(names)}
     known = package.metadata.metadata["class_names"]

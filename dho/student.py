@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from dho.config import StudentConfig
 from dho.errors import ConfigError, DataError
-from dho.files import write_atomically, write_tensors
+from dho.files import write_atomically
+from dho.tensors import write_tensors
 
 HEADS = ("ce", "kd")
 

@@ -27,9 +27,10 @@ from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
 from dho.distributed import loading_processes
 from dho.errors import ConfigError, DataError
-from dho.files import write_atomically, write_tensors
+from dho.files import write_atomically
 from dho.progress import bar
 from dho.schedule import learning_rate_share
+from dho.tensors import write_tensors
 
 WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 

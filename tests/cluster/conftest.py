@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from cluster import ROOT, USER, Cluster
 from servers import Platform
 
 NAMESPACE = "dho"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A revision that pods can work from, and the folder that it was published from."""
+
+    revision: str
+    folder: Path
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,13 +64,13 @@ def platform(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`publish(train={"epochs": 1})`: `dho publish` of this checkout's real data with some parameters changed; returns the revision."""
+def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Published]:
+    """`publish(train={"epochs": 1})`: `dho publish` of this checkout's real data with some parameters changed."""
     for path in ("data/prepared", "data/teacher", ".dvc/cache"):
         if not (ROOT / path).exists():
             pytest.exit(f"{ROOT / path} is missing: the cluster's jobs train on the real data, run `make repro` first", returncode=2)
 
-    def publish(**changes: dict[str, Any]) -> str:
+    def publish(**changes: dict[str, Any]) -> Published:
         folder = tmp_path_factory.mktemp("published")
         for name in ("dvc.yaml", "dvc.lock"):
             shutil.copy(ROOT / name, folder)
@@ -86,6 +95,6 @@ def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Cal
             timeout=600,
         )
         assert done.returncode == 0, f"dho publish: {done.stdout}{done.stderr}"
-        return done.stdout.split()[-1]
+        return Published(done.stdout.split()[-1], folder)
 
     return publish

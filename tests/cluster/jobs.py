@@ -115,7 +115,7 @@ class Job:
         assert runs[0].info.status == "FINISHED"
         return runs[0]
 
-    def check_record(self, epochs: int = 1) -> Any:
+    def check_record(self, epochs: int) -> Any:
         """The run holds every logged step and every epoch exactly once; returns it."""
         run = self.run()
         ends = [STEPS_PER_EPOCH * epoch for epoch in range(1, epochs + 1)]
