@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -226,10 +225,12 @@ def test_an_installed_package_brings_the_manifests(tmp_path: Path) -> None:
 def test_64_nodes_of_8_gpus_are_rendered_and_checked_in_under_2_seconds() -> None:
     took = []
     for _ in range(3):
-        began = time.monotonic()
+        before = os.times()
         done = dho("launch", "--nodes", "64", "--gpus", "8", "--dry-run", cwd=ROOT)
-        took.append(time.monotonic() - began)
+        after = os.times()
         assert done.returncode == 0, done.stderr
+        # The process's own time: how long it waits for a CPU is a matter of what else runs.
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
     job = kind(list(yaml.safe_load_all(done.stdout)), "PyTorchJob")
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 63
     assert job["spec"]["runPolicy"]["backoffLimit"] == 640

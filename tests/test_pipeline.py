@@ -201,6 +201,13 @@ def test_an_experiment_with_another_method_runs(project: Path) -> None:
     assert "ce_kd" in run(project, "dvc", "exp", "show", "--md")
 
 
+def test_an_int8_version_is_an_experiment_that_runs_register_only(project: Path) -> None:
+    run(project, "git", "checkout", "params.yaml", "dvc.lock")
+    run(project, "dvc", "checkout", "--force")
+    assert ran(run(project, "dvc", "exp", "run", "-S", "registry.precision=int8")) == ["register"]
+    assert "int8" in run(project, "dho", "registry")
+
+
 def test_an_unknown_parameter_is_one_line_and_stops_the_stage(project: Path) -> None:
     change(project, "train", epocs=3)
     output = run(project, "dvc", "repro", ok=False)

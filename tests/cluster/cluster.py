@@ -181,8 +181,10 @@ class Cluster:
         self.wait_ready(node)
 
     def ready(self, node: str) -> bool:
-        text = self.kubectl("get", "node", node, "-o", 'jsonpath={.status.conditions[?(@.type=="Ready")].status}', check=False)
-        return text == "True"
+        """Whether a node is Ready and takes pods: what it was tainted with while it was away goes a moment later."""
+        columns = '{.status.conditions[?(@.type=="Ready")].status} {.spec.taints[*].key}'
+        status, *taints = self.kubectl("get", "node", node, "-o", f"jsonpath={columns}", check=False).split() or [""]
+        return status == "True" and not any(taint.startswith("node.kubernetes.io/") for taint in taints)
 
     def wait_not_ready(self, node: str) -> None:
         """Wait until the control plane has noticed that a node is gone."""
@@ -192,7 +194,7 @@ class Cluster:
         _wait(lambda: self.ready(node), 180, f"{node} is not Ready")
 
     def heal(self) -> None:
-        """Start every node that a test has lost, and the API server."""
+        """Start every node that a test has lost, and the API server; returns when all nodes take pods."""
         if self.own is None:
             return
         if not _alive(self.own / "apiserver.pid"):
@@ -200,6 +202,7 @@ class Cluster:
         for folder in sorted(self.own.glob("node-*")):
             if not _alive(folder / "kubelet.pid"):
                 self.start_node(folder.name)
+            self.wait_ready(folder.name)
 
     @contextlib.contextmanager
     def without_api_server(self) -> Iterator[None]:
