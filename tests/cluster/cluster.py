@@ -28,7 +28,7 @@ USER = 10001
 
 # Fills the container's memory with processes that are each smaller than a trainer, so that the kernel chooses a trainer to kill; then ends.
 OVERFILL = """
-import glob, os, signal, time
+import glob, os, select, signal, time
 def trainers():
     found = set()
     for stat in glob.glob("/proc/[0-9]*/stat"):
@@ -44,12 +44,18 @@ try:
     for _ in range(200):
         if not before <= trainers():
             break
+        full, fills = os.pipe()
         if not (child := os.fork()):
             held = bytearray(os.urandom(1 << 20)) * 96
+            os.write(fills, b".")
             time.sleep(120)
             os._exit(0)
         children.append(child)
-        time.sleep(0.2)
+        # One at a time, however slow: those under way would otherwise go on filling after a trainer is gone, until torchrun is the largest.
+        while before <= trainers() and not select.select([full], [], [], 0.1)[0]:
+            pass
+        os.close(full)
+        os.close(fills)
     else:
         raise SystemExit("the container has no memory limit")
 finally:

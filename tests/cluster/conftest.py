@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -58,7 +59,9 @@ def cluster() -> Cluster:
 @pytest.fixture(scope="session")
 def platform(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """MLflow on PostgreSQL and S3, in namespace dho-platform."""
-    made = Platform(cluster, tmp_path_factory.mktemp("credentials"))
+    with (tmp_path_factory.getbasetemp().parent / "platform.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # with `-n 2` only one makes the passwords, the other finds them
+        made = Platform(cluster, tmp_path_factory.mktemp("credentials"))
     yield made
     made.close()
 
