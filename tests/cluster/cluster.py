@@ -50,12 +50,12 @@ try:
             os.write(fills, b".")
             time.sleep(120)
             os._exit(0)
+        os.close(fills)  # so that one the kernel has chosen instead is not waited for
         children.append(child)
         # One at a time, however slow: those under way would otherwise go on filling after a trainer is gone, until torchrun is the largest.
         while before <= trainers() and not select.select([full], [], [], 0.1)[0]:
             pass
         os.close(full)
-        os.close(fills)
     else:
         raise SystemExit("the container has no memory limit")
 finally:
