@@ -29,8 +29,9 @@ image-test: image
 	tests/cluster/image/test.sh $$(tests/cluster/cluster.sh tag)
 
 # Real Kubernetes on this machine, as root, and the tests on it; with KUBECONFIG and DHO_TEST_CLUSTER=1 on that cluster instead.
+# TESTS: files and options for pytest; all tests without.
 cluster-test: .venv/ready
-	$(RUN) tests/cluster/cluster.sh test
+	$(RUN) tests/cluster/cluster.sh test $(TESTS)
 
 compare: .venv/ready
 	$(RUN) python benchmarks/compare_methods.py

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -23,6 +24,7 @@ from dho.data.fetch import fetch
 from dho.data.index import Index
 from dho.data.prepare import prepare
 from dho.distributed import Process
+from dho.layout import PREPARED, STORE
 from dho.teacher.pretrain import pretrain
 from dho.teacher.store import TeacherStore
 from dho.teacher.teach import teach
@@ -103,6 +105,15 @@ class Tiny:
     @property
     def store(self) -> TeacherStore:
         return TeacherStore.open(self.store_folder, self.index, self.config)
+
+    def workplace(self, folder: Path, **train: Any) -> Path:
+        """A folder that stages `prepare` and `teach` have been run in, with these `train` parameters changed."""
+        for made, target in ((PREPARED, self.prepared), (STORE, self.store_folder)):
+            (folder / made).parent.mkdir(parents=True, exist_ok=True)
+            (folder / made).symlink_to(target)
+        tree = self.tree | {"train": self.tree["train"] | train}
+        (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+        return folder
 
 
 @pytest.fixture(scope="module", autouse=True)

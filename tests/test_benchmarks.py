@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import ALONE, Tiny
 
 from dho import report
@@ -23,11 +22,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def benchmark(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
     """`benchmark("int8", ROUNDS=1)`: run one where its stages have been run, with a constant changed; returns the lines it prints."""
-    for made, folder in ((PREPARED, tiny.prepared), (STORE, tiny.store_folder)):
-        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / made).symlink_to(folder)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny.tree))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tiny.workplace(tmp_path))
     monkeypatch.syspath_prepend(BENCHMARKS)
 
     def run(name: str, *arguments: str, **constants: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import signal
@@ -28,14 +27,8 @@ PATIENCE_S = 120
 
 
 def workplace(tiny: Tiny, folder: Path, **train: Any) -> Path:
-    """A folder that stages `prepare` and `teach` have been run in."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "prepared").symlink_to(tiny.prepared)
-    (folder / "data" / "teacher").symlink_to(tiny.store_folder)
-    tree = copy.deepcopy(tiny.tree)
-    tree["train"] |= {"epochs": 15, **train}
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-    return folder
+    """One with a training long enough to be ended in the middle."""
+    return tiny.workplace(folder, **{"epochs": 15, **train})
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:

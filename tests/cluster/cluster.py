@@ -25,6 +25,8 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 USER = 10001
+AT_ONCE = "--server-side"
+"""For what two test processes may make at once: else kubectl asks first and then creates, and one of them is told AlreadyExists."""
 
 # Fills the container's memory with processes that are each smaller than a trainer, so that the kernel chooses a trainer to kill; then ends.
 OVERFILL = """
@@ -101,7 +103,7 @@ class Cluster:
     def make_namespace(self, name: str) -> None:
         """A namespace in which PodSecurity `restricted` is enforced."""
         labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-        self.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}])
+        self.apply([{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}], AT_ONCE)
 
     def make_secret(self, namespace: str, name: str, files: dict[str, Path]) -> None:
         """A Secret with a file a key, replacing one of that name."""
@@ -124,7 +126,7 @@ class Cluster:
                 "capacity": {"storage": size}, "accessModes": ["ReadWriteOnce", "ReadWriteMany"], "persistentVolumeReclaimPolicy": "Retain",
                 "claimRef": {"namespace": namespace, "name": claim}, "hostPath": {"path": str(folder), "type": "Directory"},
             },
-        }])  # fmt: skip
+        }], AT_ONCE)  # fmt: skip
 
     def _volume(self, namespace: str, claim: str) -> Path:
         assert self.own is not None
@@ -206,9 +208,10 @@ class Cluster:
         if not _alive(self.own / "apiserver.pid"):
             self._start_api_server()
         for folder in sorted(self.own.glob("node-*")):
-            if not _alive(folder / "kubelet.pid"):
+            if _alive(folder / "kubelet.pid"):
+                self.wait_ready(folder.name)
+            else:
                 self.start_node(folder.name)
-            self.wait_ready(folder.name)
 
     @contextlib.contextmanager
     def without_api_server(self) -> Iterator[None]:
