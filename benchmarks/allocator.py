@@ -17,7 +17,7 @@ from train_step import Bare
 from dho.allocator import keep_freed_memory
 from dho.config import load
 
-ROUNDS, STEPS, CLASSES = 3, 80, 10
+ROUNDS, WARM_UP, STEPS, CLASSES = 3, 20, 80, 10
 
 
 def main() -> None:
@@ -32,20 +32,21 @@ def main() -> None:
 
 def measured(name: str) -> tuple[float, float]:
     """Images/s and page faults a step, measured in a new process."""
-    answer = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, __file__, name, str(WARM_UP), str(STEPS)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rate, faults = map(float, answer.split())
     return rate, faults
 
 
-def one(name: str) -> None:
+def one(name: str, warm_up: int, steps: int) -> None:
     if name == "kept" and not keep_freed_memory():
         raise SystemExit("this C library is not glibc: nothing to measure")
     bare = Bare(load(), torch.device("cpu"), CLASSES)
-    bare.seconds(20)  # warm-up
+    bare.seconds(warm_up)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds = bare.seconds(STEPS)
-    print(STEPS * len(bare.images) / seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / STEPS)
+    seconds = bare.seconds(steps)
+    print(steps * len(bare.images) / seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps)
 
 
 if __name__ == "__main__":
-    one(sys.argv[1]) if len(sys.argv) > 1 else main()
+    one(sys.argv[1], *map(int, sys.argv[2:])) if len(sys.argv) > 1 else main()

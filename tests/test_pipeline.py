@@ -31,7 +31,7 @@ def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str
     result = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"} | environment,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
