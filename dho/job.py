@@ -14,15 +14,12 @@ import os
 import shutil
 from pathlib import Path
 
-from dho import report
 from dho.config import Config
 from dho.distributed import Process, others_wait
 from dho.files import write_atomically
 from dho.layout import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
-from dho.lineage import Sources
 from dho.mlflow_server import connect
 from dho.patience import patiently
-from dho.registry import register
 from dho.revision import Remote, give_back
 from dho.teacher.teach import teach
 from dho.trainer import train
@@ -32,6 +29,11 @@ def train_in_pod(config: Config, process: Process) -> bool:
     """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
 
     def then() -> None:
+        # Only here: every rank would otherwise import MLflow, Matplotlib and pandas each time that training starts again.
+        from dho import report
+        from dho.lineage import Sources
+        from dho.registry import register
+
         metrics = patiently(lambda: report.evaluate(config, PREPARED, STORE, TRAINED, EVALUATED, UNSENT))
         sources = Sources(PREPARED, STORE, EVALUATED / "plots")
         done = patiently(lambda: register(config, TRAINED / "student", EVALUATED / report.METRICS, REGISTERED, sources))

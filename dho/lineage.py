@@ -19,11 +19,11 @@ from dho.config import TrackingConfig
 from dho.errors import DataError
 from dho.files import sha256_file, write_atomically
 from dho.mlflow_server import connect, one_line, tracking_uri
-from dho.student import StudentCard
-from dho.teacher.store import read_meta
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from dho.student import StudentCard
 
 SEEDS = ("train.seed", "data.splits.seed", "views.seed", "pretrain.seed")
 RECIPE = (
@@ -74,6 +74,8 @@ def gather(card: StudentCard, run: Run, alpha: float, beta: float, sources: Sour
     facts |= {f"fingerprint.{name}": value for name, value in card.fingerprints.items()}
     facts |= {key: params[key] for key in (*SEEDS, *RECIPE, *TEACHER) if key in params}
     if sources is not None:
+        from dho.teacher.store import read_meta  # it brings torch, which nobody needs who only reads what made a version
+
         meta = read_meta(sources.store)
         if meta is not None and "weights_sha256" in meta["teacher"]:
             facts["teacher.weights_sha256"] = meta["teacher"]["weights_sha256"]

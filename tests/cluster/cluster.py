@@ -9,6 +9,7 @@ On our own cluster (cluster.sh; DHO_CLUSTER is its folder) all of it works; on a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from dho.cluster import api
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -99,6 +102,11 @@ class Cluster:
     def kustomize(self, overlay: str) -> list[dict[str, Any]]:
         """The documents of k8s/overlays/<overlay>."""
         return list(yaml.safe_load_all(self.kubectl("kustomize", str(ROOT / "k8s/overlays" / overlay))))
+
+    @functools.cached_property
+    def client(self) -> api.Cluster:
+        """For what is asked every second: a kubectl each time takes as much CPU as the training that is waited for."""
+        return api.connect(self.namespace)
 
     def make_namespace(self, name: str) -> None:
         """A namespace in which PodSecurity `restricted` is enforced."""

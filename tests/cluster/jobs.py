@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import time
 from collections import Counter
@@ -11,6 +13,9 @@ from typing import Any
 
 import yaml
 from mlflow import MlflowClient
+
+from dho.cluster.api import JOB_LABEL
+from dho.errors import ClusterError
 
 PATIENCE_S = 420
 LOG_EVERY = 20
@@ -42,11 +47,15 @@ class Job:
 
     def phases(self) -> list[str]:
         """Types of the job's conditions that hold."""
-        status = self.cluster.get("pytorchjob", self.name).get("status", {})
-        return [condition["type"] for condition in status.get("conditions", []) if condition["status"] == "True"]
+        job = self.cluster.client.job(self.name)
+        assert job is not None, f"no PyTorchJob {self.name}"
+        return [condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"]
 
     def pods(self) -> list[dict[str, Any]]:
-        return self.cluster.pods(f"training.kubeflow.org/job-name={self.name}")
+        core, namespace = self.cluster.client.core, self.cluster.namespace
+        answer = core.list_namespaced_pod(namespace, label_selector=f"{JOB_LABEL}={self.name}", _preload_content=False)
+        items: list[dict[str, Any]] = json.loads(answer.data)["items"]
+        return items
 
     def pod(self, replica: str) -> str:
         """Name of a replica's pod: `master-0`, `worker-1`."""
@@ -55,16 +64,17 @@ class Job:
     def node_of(self, replica: str) -> str:
         return str(self.cluster.get("pod", self.pod(replica))["spec"]["nodeName"])
 
-    def logs(self, *options: str) -> str:
+    def logs(self, **options: Any) -> str:
         """Logs of all pods' containers `pytorch` as they are now; of pods that have none yet, nothing."""
         texts = []
         for pod in self.pods():
-            texts.append(self.cluster.kubectl("logs", pod["metadata"]["name"], "-c", "pytorch", *options, check=False))
+            with contextlib.suppress(ClusterError):
+                texts.append(self.cluster.client.log(pod["metadata"]["name"], **options))
         return "\n".join(texts)
 
     def step(self) -> int:
         """Newest step that a log speaks of; 0 for none."""
-        return max((int(number) for number in re.findall(r"train: step (\d+)/", self.logs("--tail=30"))), default=0)
+        return max((int(number) for number in re.findall(r"train: step (\d+)/", self.logs(tail_lines=30))), default=0)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until training has reached a step, and is not over."""
@@ -105,7 +115,7 @@ class Job:
         """What a person would look at after a failure."""
         parts = [self.cluster.kubectl(*words.split(), check=False) for words in (f"describe pytorchjob {self.name}", "get pods -o wide")]
         parts += [self.cluster.kubectl("describe", "pod", pod["metadata"]["name"], check=False)[-1500:] for pod in self.pods()]
-        return "\n".join([*parts, self.logs("--tail=40"), "-- before the last restart:", self.logs("--tail=40", "--previous")])
+        return "\n".join([*parts, self.logs(tail_lines=40), "-- before the last restart:", self.logs(tail_lines=40, previous=True)])
 
     def run(self) -> Any:
         """The one MLflow run that this job made."""
