@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = {"log_every": 20, "checkpoint_every": 30}
 NARROW = {"model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}}
 """A quarter of the work a step: what is shown with it is that training goes on. The undisturbed job trains the real student."""
-EPOCHS = 4
+EPOCHS = 2
 """Of the narrow student, so that there is time for several troubles."""
 
 
