@@ -79,6 +79,13 @@ def tiny_tree(source: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def change(folder: Path, section: str, **values: Any) -> None:
+    """Change parameters in a folder's params.yaml."""
+    tree = yaml.safe_load((folder / "params.yaml").read_text())
+    tree[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A prepared data set and a complete teacher store; do not write to its folders."""

@@ -12,13 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from backends import KEYS, s3
-from conftest import CLASSES, draw_image, tiny_tree, write_folder
+from conftest import CLASSES, change, draw_image, tiny_tree, write_folder
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +44,6 @@ def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str
 def ran(output: str) -> list[str]:
     """Stages that a `dvc repro` ran."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def change(folder: Path, section: str, **values: Any) -> None:
-    tree = yaml.safe_load((folder / "params.yaml").read_text())
-    tree[section] |= values
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
 
 
 def own_images(root: Path) -> None:

@@ -17,11 +17,14 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import Tiny
+from conftest import ALONE, Tiny, change
 from mlflow import MlflowClient
 
-from dho.config import from_dict
+from dho.config import load
+from dho.errors import StoreMismatch
+from dho.layout import CHECKPOINTS, PREPARED, STORE, TRAINED
 from dho.student import load_student
+from dho.trainer import Trainer, train
 
 PATIENCE_S = 120
 
@@ -31,11 +34,14 @@ def workplace(tiny: Tiny, folder: Path, **train: Any) -> Path:
     return tiny.workplace(folder, **{"epochs": 15, **train})
 
 
+def train_here(folder: Path) -> None:
+    """What `dho train` does with one process, without the time it takes to start one."""
+    assert train(load(folder / "params.yaml"), folder / PREPARED, folder / STORE, folder / TRAINED, folder / CHECKPOINTS, ALONE)
+
+
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:
     """`dho train`, as torchrun starts it, in a process group of its own."""
-    tree = yaml.safe_load((folder / "params.yaml").read_text())
-    tree["launch"]["processes"] = processes
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+    change(folder, "launch", processes=processes)
     return subprocess.Popen(
         [sys.executable, "-m", "dho", "train"],
         cwd=folder,
@@ -87,7 +93,10 @@ def pair(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.Te
     """(processes, folder of an uninterrupted training, folder of one that was ended three times, output of its last start)."""
     processes: int = request.param
     whole = workplace(tiny, tmp_path_factory.mktemp("whole") / "w")
-    finish(start(whole, processes))
+    if processes == 1:
+        train_here(whole)
+    else:
+        finish(start(whole, processes))
 
     broken = workplace(tiny, tmp_path_factory.mktemp("broken") / "b")
     first = start(broken, processes)
@@ -163,12 +172,13 @@ def test_two_processes_train_on_the_same_batches_as_one(tiny: Tiny, tmp_path: Pa
     # Without BatchNorm, whose statistics are each rank's own, the sum over ranks is the whole batch but for rounding.
     students = []
     for processes in (1, 2):
-        folder = workplace(tiny, tmp_path / str(processes), epochs=1)
-        tree = yaml.safe_load((folder / "params.yaml").read_text())
-        tree["student"] = {"model": "test_vit", "input_size": 160}
-        tree["train"]["learning_rate"] = 1e-4
+        folder = workplace(tiny, tmp_path / str(processes), epochs=1, learning_rate=1e-4)
+        tree = yaml.safe_load((folder / "params.yaml").read_text()) | {"student": {"model": "test_vit", "input_size": 160}}
         (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-        finish(start(folder, processes))
+        if processes == 1:
+            train_here(folder)
+        else:
+            finish(start(folder, processes))
         students.append(np.load(folder / "outputs/train/head_outputs/val.npz"))
     one, two = students
     for head in ("ce", "kd"):
@@ -221,26 +231,26 @@ def test_mlflow_down_at_the_start_is_one_clear_line(tiny: Tiny, tmp_path: Path) 
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
 
 
-def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
-    folder = workplace(tiny, tmp_path / "w")
-    first = start(folder, 1)
-    checkpoint_after(folder, first, 4)
-    kill_all(first)
-    tree = yaml.safe_load((folder / "params.yaml").read_text())
-    tree["train"] |= {"eta": 3.0, "epochs": 1}
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-    assert "goes on from" not in finish(start(folder, 1))
+def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoint(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(trainer: Trainer, batch: Any, step: int) -> Any:
+        return taken(trainer, batch, step) if step < 5 else pytest.fail("as asked")
+
+    folder, taken = workplace(tiny, tmp_path / "w"), Trainer.step
+    with monkeypatch.context() as patched, pytest.raises(pytest.fail.Exception, match="as asked"):
+        patched.setattr(Trainer, "step", breaks)
+        train_here(folder)
+    assert newest(folder).name == "step-00000004"
+    change(folder, "train", eta=3.0, epochs=1)
+    train_here(folder)
+    assert "goes on from" not in capsys.readouterr().out
     card = json.loads((folder / "outputs/train/student/student.json").read_text())
     assert card["steps"] == 9
-    assert from_dict(tree).train.eta == 3.0
 
 
 def test_a_store_of_other_views_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     folder = workplace(tiny, tmp_path / "w")
-    tree = yaml.safe_load((folder / "params.yaml").read_text())
-    tree["views"]["seed"] = 7
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-    process = start(folder, 1)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode != 0
-    assert "views.seed is 0 in the store and 7 here" in output
+    change(folder, "views", seed=7)
+    with pytest.raises(StoreMismatch, match=r"views\.seed is 0 in the store and 7 here"):
+        train_here(folder)
