@@ -29,6 +29,7 @@ class Published:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:Unverified HTTPS request")  # our own kubeconfig says so
     config.addinivalue_line(
         "markers", "nodes: needs nodes, disks or a control plane that may be broken; on a cluster that is not ours skipped"
     )
@@ -92,6 +93,7 @@ def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Cal
             f"[core]\n    no_scm = true\n    analytics = false\n    remote = cluster\n[cache]\n    dir = {ROOT / '.dvc/cache'}\n"
             f"['remote \"cluster\"']\n    url = {remote['DHO_REMOTE']}\n    endpointurl = {remote['AWS_ENDPOINT_URL']}\n"
         )
+        platform.wait_for_s3()
         done = subprocess.run(
             [sys.executable, "-m", "dho", "publish"],
             cwd=folder,

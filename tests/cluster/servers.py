@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,17 @@ class Platform:
         finally:
             self.cluster.kubectl("scale", workload, "--replicas=1", namespace=NAMESPACE)
             self._wait(workload)
+
+    def wait_for_s3(self) -> None:
+        """Wait until S3 answers here: a node that was NotReady, if only as the API server was away, takes its pods out of the services."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.environment['AWS_ENDPOINT_URL']}/healthz", timeout=5).close()
+                return
+            except OSError as error:
+                assert time.monotonic() < deadline, f"S3 does not answer for {START_S} s: {error}"
+                time.sleep(1)
 
     def close(self) -> None:
         for forward in self._forwards:
