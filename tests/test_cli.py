@@ -80,6 +80,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny: Tiny, tmp
     assert not (tmp_path / "data/prepared").exists()
 
 
+LIGHT = """
+import sys
+import dho.cli, dho.lineage
+assert not {"torch", "mlflow", "pandas"} & set(sys.modules)
+import dho.job, dho.trainer
+print(*({"mlflow", "matplotlib", "scipy", "pandas", "torchmetrics"} & set(sys.modules)))
+"""
+
+
+def test_a_rank_that_starts_again_imports_nothing_that_only_rank_0_needs_at_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def test_a_folder_without_a_store_is_refused_before_anything_is_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
