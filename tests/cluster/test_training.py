@@ -1,7 +1,4 @@
-"""The main job on the cluster, hurt in every way and undisturbed: each ends Succeeded, as one run, with the same result.
-
-Those that mostly wait for the control plane come first: the gate has other work for the CPUs at that time (.ci/run).
-"""
+"""The main job on the cluster, undisturbed and then hurt in every way: each ends Succeeded, as one run, with the same result."""
 
 from __future__ import annotations
 
@@ -118,37 +115,6 @@ def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
     cluster.kubectl("delete", "pytorchjob", "launched")
 
 
-@pytest.mark.nodes
-def test_a_node_that_is_lost_and_comes_back_and_is_then_lost_for_good(start: Callable[..., Job], narrow: Revision, cluster: Any) -> None:
-    job = start(narrow)
-    job.wait_for_checkpoint(0)
-    node = job.node_of("worker-0")
-    cluster.lose_node(node)
-    cluster.start_node(node)
-    job.wait_for_checkpoint(cluster.newest_checkpoint())
-    assert job.node_of("worker-0") == node
-    cluster.lose_node(node)
-    cluster.kubectl("delete", "node", node)  # what a cloud's controller does
-    job.wait_for_success()
-    same(job.check_record(narrow.epochs), narrow)
-
-
-@pytest.mark.nodes
-def test_an_elastic_node_and_then_the_rendezvous_host_is_lost_and_comes_back(
-    start: Callable[..., Job], narrow: Revision, cluster: Any
-) -> None:
-    job = start(narrow, "elastic")
-    for replica in ("worker-1", "worker-0"):
-        job.wait_for_checkpoint(cluster.newest_checkpoint())
-        node = job.node_of(replica)
-        cluster.lose_node(node)
-        cluster.start_node(node)
-    job.wait_for_success()
-    run = job.check_record(narrow.epochs)
-    # With one node for a while BatchNorm has seen other batches, so the result is alike and not the same.
-    assert run.data.metrics["test/combined/top1"] == pytest.approx(narrow.here.result()["test/combined/top1"], abs=0.1)
-
-
 def test_a_killed_process_a_deleted_pod_the_memory_limit_a_full_volume_and_mlflow_away_one_after_the_other(
     start: Callable[..., Job], narrow: Revision, platform: Any, cluster: Any
 ) -> None:
@@ -201,3 +167,34 @@ def test_kubectl_apply_trains_on_two_nodes_and_registers_what_torchrun_makes_her
     # On a platform that has seen this job before, the same package is the version that it was then.
     same(platform.mlflow.get_run(version.run_id), real)
     assert float(version.tags["test/combined/top1"]) == pytest.approx(real.here.result()["test/combined/top1"], abs=1e-4)
+
+
+@pytest.mark.nodes
+def test_a_node_that_is_lost_and_comes_back_and_is_then_lost_for_good(start: Callable[..., Job], narrow: Revision, cluster: Any) -> None:
+    job = start(narrow)
+    job.wait_for_checkpoint(0)
+    node = job.node_of("worker-0")
+    cluster.lose_node(node)
+    cluster.start_node(node)
+    job.wait_for_checkpoint(cluster.newest_checkpoint())
+    assert job.node_of("worker-0") == node
+    cluster.lose_node(node)
+    cluster.kubectl("delete", "node", node)  # what a cloud's controller does
+    job.wait_for_success()
+    same(job.check_record(narrow.epochs), narrow)
+
+
+@pytest.mark.nodes
+def test_an_elastic_node_and_then_the_rendezvous_host_is_lost_and_comes_back(
+    start: Callable[..., Job], narrow: Revision, cluster: Any
+) -> None:
+    job = start(narrow, "elastic")
+    for replica in ("worker-1", "worker-0"):
+        job.wait_for_checkpoint(cluster.newest_checkpoint())
+        node = job.node_of(replica)
+        cluster.lose_node(node)
+        cluster.start_node(node)
+    job.wait_for_success()
+    run = job.check_record(narrow.epochs)
+    # With one node for a while BatchNorm has seen other batches, so the result is alike and not the same.
+    assert run.data.metrics["test/combined/top1"] == pytest.approx(narrow.here.result()["test/combined/top1"], abs=0.1)
