@@ -9,7 +9,13 @@ ln -sfn "$(realpath "$2")" "$D/programs"; ln -sfn "$(realpath "$3")" "$D/store"
 export KUBECONFIG=$D/kubeconfig PATH=$D/programs/bin:$PATH
 inside() { nsenter --net=/run/netns/dho "$@"; }
 kc() { inside kubectl "$@"; }
-until_ok() { for _ in $(seq 240); do if "$@" >/dev/null 2>&1; then return; fi; sleep .25; done; echo "up.sh: timed out: $* (logs in $D)" >&2; exit 1; }
+until_ok() {
+  local end=$((SECONDS + 240))
+  until "$@" >/dev/null 2>&1; do
+    [ $SECONDS -lt $end ] || { tail -n 5 "$D"/*.log >&2; echo "up.sh: timed out: $*" >&2; exit 1; }
+    sleep .25
+  done
+}
 
 # One bridge carries all pods; 10.250.0.1 is the control plane and DNS, 10.250.0.1N the nodes, 10.250.N.0/24 their pods.
 ip netns add dho; inside ip link set lo up; inside ip link add pods type bridge; inside ip link set pods up
@@ -64,9 +70,11 @@ K
 "$here/component.sh" "$D" operator
 secret() { kc -n kubeflow get secret training-operator-webhook-cert -o "jsonpath={.data.${1/./\\.}}" | base64 -d; }
 for _ in $(seq 120); do [ -z "$(secret tls.crt)" ] || break; sleep .5; done
-for f in ca.crt ca.key tls.crt tls.key; do secret $f >"$D/webhook-certs/$f"; done
+# tls.crt last and whole: when that is there the operator reads all of them, and ends where one is missing.
+for f in ca.crt ca.key tls.key tls.crt; do secret $f >"$D/webhook-certs/.new"; mv "$D/webhook-certs/.new" "$D/webhook-certs/$f"; done
 
 wait   # for the nodes
+# The operator looks for them after 1, 2, 4, ... s or up to twice as long, then in the same way for what it does next: that may take minutes.
 until_ok inside curl -fs http://127.0.0.1:18081/readyz
 for i in $(seq "$N"); do until_ok kc wait --for=condition=Ready "node/node-$i" --timeout=60s; done
 for file in "$D"/*.pid "$D"/node-*/*.pid; do
