@@ -30,9 +30,6 @@ from dho.mlflow_server import connect, tracking_uri
 from dho.provenance import source_tags
 from dho.tracking import Tracker
 
-WAITED_S = 1.0
-"""`log_metrics` that waits for MLflow takes longer: a server that does not answer takes REQUEST_S, one that is down its whole outage."""
-
 
 class Server:
     def __init__(self, folder: Path) -> None:
@@ -104,13 +101,18 @@ def history(tracker: Tracker, key: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in tracker._client.get_metric_history(tracker.run_id, key)]
 
 
+def not_given_a_cpu() -> float:
+    """Seconds for which this thread could have run and others did; what it waits for, a lock or an answer, is not in it."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
 def log_steps(tracker: Tracker, steps: range) -> float:
-    """Log one metric at each step, 20 ms apart; returns the seconds of the slowest call."""
+    """Log one metric at each step, 20 ms apart; returns the seconds of the slowest call, without those in which it was not given a CPU."""
     slowest = 0.0
     for step in steps:
-        start = time.perf_counter()
+        start = time.perf_counter() - not_given_a_cpu()
         tracker.log_metrics({"train/loss": step / 10, "val/combined/top1": step / 100}, step)
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.perf_counter() - not_given_a_cpu() - start)
         time.sleep(0.02)
     return slowest
 
@@ -319,7 +321,7 @@ def test_frozen_server_delays_neither_logging_nor_the_end(
 ) -> None:
     tracker = Tracker.open(config, tmp_path)
     with server.frozen():
-        assert log_steps(tracker, range(50)) < WAITED_S
+        assert log_steps(tracker, range(50)) < 0.05
         caplog.clear()
         start = time.monotonic()
         tracker.close(timeout_s=2)
@@ -397,7 +399,7 @@ def test_server_killed_and_started_again_has_every_metric_once(
         server.start()
         slowest = max(slowest, log_steps(tracker, range(150, 200)))
         server.wait()
-    assert slowest < WAITED_S
+    assert slowest < 0.05
     assert history(tracker, "train/loss") == expected(range(200))
     assert history(tracker, "val/combined/top1") == [(step, step / 100) for step in range(200)]
     assert tracker._client.get_run(tracker.run_id).info.status == "FINISHED"

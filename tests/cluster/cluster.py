@@ -96,7 +96,8 @@ class Cluster:
         return answer
 
     def pods(self, selector: str, namespace: str | None = None) -> list[dict[str, Any]]:
-        items: list[dict[str, Any]] = json.loads(self.kubectl("get", "pods", "-l", selector, "-o", "json", namespace=namespace))["items"]
+        answer = self.client.core.list_namespaced_pod(namespace or self.namespace, label_selector=selector, _preload_content=False)
+        items: list[dict[str, Any]] = json.loads(answer.data)["items"]
         return items
 
     def kustomize(self, overlay: str) -> list[dict[str, Any]]:
@@ -204,10 +205,10 @@ class Cluster:
 
     def wait_not_ready(self, node: str) -> None:
         """Wait until the control plane has noticed that a node is gone."""
-        _wait(lambda: not self.ready(node), 90, f"{node} is still Ready")
+        wait_until(lambda: not self.ready(node), 90, f"{node} is still Ready")
 
     def wait_ready(self, node: str) -> None:
-        _wait(lambda: self.ready(node), 180, f"{node} is not Ready")
+        wait_until(lambda: self.ready(node), 180, f"{node} is not Ready")
 
     def heal(self) -> None:
         """Start every node that a test has lost, and the API server; returns when all nodes take pods."""
@@ -234,12 +235,12 @@ class Cluster:
 
     def _start_api_server(self) -> None:
         subprocess.run([HERE / "component.sh", self._machine("starting the API server"), "apiserver"], check=True)
-        _wait(lambda: self.kubectl("get", "--raw", "/readyz", check=False) == "ok", 90, "the API server does not come back")
+        wait_until(lambda: self.kubectl("get", "--raw", "/readyz", check=False) == "ok", 90, "the API server does not come back")
 
     def pretend_nodes(self, count: int, gpus: int = 8) -> None:
         """Add nodes `gpu-1` ... that report pods as running and run nothing (kwok), tainted as GPU nodes are."""
         subprocess.run([HERE / "pretend.sh", self._machine("adding nodes"), str(count), str(gpus)], check=True)
-        _wait(lambda: all(self.ready(f"gpu-{number}") for number in (1, count)), 120, "the pretended nodes are not Ready")
+        wait_until(lambda: all(self.ready(f"gpu-{number}") for number in (1, count)), 120, "the pretended nodes are not Ready")
 
 
 def _number(node: str) -> str:
@@ -252,7 +253,7 @@ def _alive(pid: Path) -> bool:
     return pid.exists() and Path("/proc", pid.read_text().strip()).exists()
 
 
-def _wait(condition: Any, seconds: float, otherwise: str) -> None:
+def wait_until(condition: Any, seconds: float, otherwise: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{otherwise} after {seconds:.0f} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import time
 from collections import Counter
@@ -52,10 +51,7 @@ class Job:
         return [condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"]
 
     def pods(self) -> list[dict[str, Any]]:
-        core, namespace = self.cluster.client.core, self.cluster.namespace
-        answer = core.list_namespaced_pod(namespace, label_selector=f"{JOB_LABEL}={self.name}", _preload_content=False)
-        items: list[dict[str, Any]] = json.loads(answer.data)["items"]
-        return items
+        return self.cluster.pods(f"{JOB_LABEL}={self.name}")
 
     def pod(self, replica: str) -> str:
         """Name of a replica's pod: `master-0`, `worker-1`."""

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import ROOT, Cluster
+from cluster import ROOT, Cluster, wait_until
 from mlflow import MlflowClient
 
 NAMESPACE = "dho-platform"
@@ -84,14 +84,14 @@ class Platform:
 
     def wait_for_s3(self) -> None:
         """Wait until S3 answers here: a node that was NotReady, if only as the API server was away, takes its pods out of the services."""
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.environment['AWS_ENDPOINT_URL']}/healthz", timeout=5).close()
-                return
-            except OSError as error:
-                assert time.monotonic() < deadline, f"S3 does not answer for {START_S} s: {error}"
-                time.sleep(1)
+                return True
+            return False
+
+        wait_until(answers, START_S, "S3 does not answer")
 
     def close(self) -> None:
         for forward in self._forwards:
