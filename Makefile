@@ -19,19 +19,19 @@ lint: .venv/ready
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(RUN) hadolint Dockerfile tests/cluster/images/*/Dockerfile
+	$(RUN) hadolint Dockerfile tests/cluster/machine/images/*/Dockerfile
 
 # The image, with docker or else buildah; then a training and a prediction in it, locked down as in a cluster.
 image:
-	tests/cluster/cluster.sh image
+	tests/cluster/machine/cluster.sh image
 
 image-test: image
-	tests/cluster/image/test.sh $$(tests/cluster/cluster.sh tag)
+	tests/cluster/machine/image/test.sh $$(tests/cluster/machine/cluster.sh tag)
 
 # Real Kubernetes on this machine, as root, and the tests on it; with KUBECONFIG and DHO_TEST_CLUSTER=1 on that cluster instead.
 # TESTS: files and options for pytest; all tests without.
 cluster-test: .venv/ready
-	$(RUN) tests/cluster/cluster.sh test $(TESTS)
+	$(RUN) tests/cluster/machine/cluster.sh test $(TESTS)
 
 compare: .venv/ready
 	$(RUN) python benchmarks/compare_methods.py

@@ -1,4 +1,4 @@
-"""What keeping freed memory (dho/allocator.py) saves a step on a CPU: `python benchmarks/allocator.py`
+"""What keeping freed memory (dho/core/allocator.py) saves a step on a CPU: `python benchmarks/allocator.py`
 
 In turns, in processes of their own because the setting cannot be taken back: steps of the bare student as glibc comes, and with its freed
 memory kept. Prints images/s and page faults a step of each; the last line is the median ratio kept / as it comes.
@@ -14,8 +14,8 @@ import sys
 import torch
 from train_step import Bare
 
-from dho.allocator import keep_freed_memory
 from dho.config import load
+from dho.core.allocator import keep_freed_memory
 
 ROUNDS, WARM_UP, STEPS, CLASSES = 3, 20, 80, 10
 

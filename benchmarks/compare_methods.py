@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dho.config import load
+from dho.core.process import process_group
+from dho.core.workspace import PREPARED, STORE
 from dho.data.index import Index
-from dho.distributed import process_group
-from dho.evaluation import measure, sources
-from dho.head_outputs import HeadOutputs
-from dho.interpolation import search
-from dho.layout import PREPARED, STORE
+from dho.evaluation.head_outputs import HeadOutputs
+from dho.evaluation.metrics import measure, sources
+from dho.evaluation.tuning import search
 from dho.teacher.store import TeacherStore
-from dho.trainer import train
+from dho.training.train import train
 
 METHODS = ("ce", "ce_kd", "dho")
 

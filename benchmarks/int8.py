@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from dho.core.workspace import EVALUATED, PREPARED, TRAINED
 from dho.data.index import Index
-from dho.export import export_onnx
-from dho.layout import EVALUATED, PREPARED, TRAINED
-from dho.quantise import calibration_batches, quantise_onnx, seen_by
-from dho.report import METRICS
-from dho.serving.dho_runtime import mix
-from dho.student import load_student
+from dho.evaluation.evaluate import METRICS
+from dho.registry.onnx_export import export_onnx
+from dho.registry.onnx_int8 import calibration_batches, quantise_onnx, seen_by
+from dho.runtime.dho_runtime import mix
+from dho.student.model import load_student
 
 ROUNDS, CALLS = 5, 200
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from dho.config import load
 from dho.data.index import Index
-from dho.mlflow_server import connect, tracking_uri
+from dho.tracking.server import connect, tracking_uri
 
 
 def main() -> int:

@@ -22,12 +22,12 @@ import open_clip
 import torch
 
 from dho.config import Config, load
+from dho.core.process import process_group
+from dho.core.workspace import PREPARED, STORE
 from dho.data.pixels import Pixels, loader
 from dho.data.streams import Batch, StreamPlan
-from dho.distributed import process_group
-from dho.layout import PREPARED, STORE
-from dho.teacher.vlm import Teacher
-from dho.trainer import Trainer
+from dho.teacher.clip import Teacher
+from dho.training.train import Trainer
 
 ROUNDS = 3
 

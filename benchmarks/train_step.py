@@ -16,11 +16,11 @@ import torch
 from torch.nn import functional
 
 from dho.config import Config, load
-from dho.distributed import process_group
-from dho.layout import PREPARED, STORE
-from dho.student import Student
-from dho.tracking import Tracker
-from dho.trainer import Trainer
+from dho.core.process import process_group
+from dho.core.workspace import PREPARED, STORE
+from dho.student.model import Student
+from dho.tracking.run import Tracker
+from dho.training.train import Trainer
 
 
 class Measured(Trainer):

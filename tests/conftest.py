@@ -21,11 +21,11 @@ import yaml
 from PIL import Image, ImageDraw
 
 from dho.config import Config, from_dict
+from dho.core.process import Process
+from dho.core.workspace import PREPARED, STORE
 from dho.data.fetch import fetch
 from dho.data.index import Index
 from dho.data.prepare import prepare
-from dho.distributed import Process
-from dho.layout import PREPARED, STORE
 from dho.teacher.pretrain import pretrain
 from dho.teacher.store import TeacherStore
 from dho.teacher.teach import teach
@@ -137,7 +137,7 @@ def no_address_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
     """Latencies are not judged here, so their measurement is short."""
-    from dho import measurement
+    from dho.registry import evidence as measurement
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurement, "SECONDS", 0.02)

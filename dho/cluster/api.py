@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dho.cluster.manifest import Document, kind
-from dho.errors import ClusterError
+from dho.core.errors import ClusterError
 
 JOBS = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
 CONTAINER = "pytorch"

@@ -11,8 +11,8 @@ from dho.cluster import reasons
 from dho.cluster.api import Cluster, phase, rank_zero, replicas
 from dho.cluster.manifest import QUEUE_LABEL
 from dho.cluster.watch import News, Streams
-from dho.errors import ClusterError
-from dho.progress import bar
+from dho.core.errors import ClusterError
+from dho.core.progress import bar
 
 SUCCEEDED, FAILED, NOT_STARTED, INTERRUPTED = 0, 1, 4, 130
 """Exit statuses of `dho launch` and `dho logs -f`."""

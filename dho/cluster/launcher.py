@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from dho.cluster.checks import check
 from dho.cluster.manifest import Document, Launch, elastic_range, kind, render
-from dho.cluster.rules import check
 from dho.config import Config, KubernetesConfig
-from dho.errors import ClusterError
+from dho.core.errors import ClusterError
 
 
 def launch_of(config: KubernetesConfig, stage: str = "train") -> Launch:
@@ -28,10 +28,10 @@ def published(launch: Launch, root: Path) -> Launch:
     """The same launch of what is in the project's folder now, sent to the DVC remote; named after it where it has no name.
 
     Raises:
-        DhoError: as `dho.revision.publish`.
+        DhoError: as `dho.cluster.revision.publish`.
     """
     if launch.revision is None:
-        from dho.revision import Remote, publish
+        from dho.cluster.revision import Remote, publish
 
         revision = publish(root, launch.stage)
         launch = replace(launch, revision=revision, remote=Remote.of_project(root).url)
@@ -42,7 +42,7 @@ def run_stage(config: Config, stage: str) -> str:
     """Run a stage as a job on the cluster, and wait for its end. A job that does so already is followed, not started twice.
 
     Returns:
-        The revision that ran, for `dho.revision.collect`.
+        The revision that ran, for `dho.cluster.revision.collect`.
 
     Raises:
         DhoError: nothing could be published, the job is not one that could run, or it did not end as Succeeded.

@@ -17,7 +17,7 @@ from typing import Any
 import jsonpatch
 import yaml
 
-from dho.errors import ClusterError
+from dho.core.errors import ClusterError
 
 FAULTS = 10
 """Lost processes or nodes that a job survives; the operator's backoffLimit is this many for each replica (see k8s/base/pytorchjob.yaml)."""

@@ -1,7 +1,8 @@
 """The schema of PyTorchJob, as strict as the API server with `--validate=strict`: a field that it does not know is an error.
 
 `SCHEMA` is the `openAPIV3Schema` of manifests/base/crds/kubeflow.org_pytorchjobs.yaml of Kubeflow's training operator (Apache-2.0) in the
-version that the name says, without its descriptions; `schema_of_crd` makes it, and tests/cluster compares it with the operator's own file.
+version that the name says, without its descriptions; `schema_of_crd` makes it, and tests/cluster/machine compares it with the
+operator's own file.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from dho.catalogue.datasets import Entry, entry
 from dho.config import DataConfig
-from dho.data import records
-from dho.data.catalogue import Entry, entry
-from dho.errors import DataError
-from dho.files import write_atomically
+from dho.core.errors import DataError
+from dho.core.files import write_atomically
+from dho.data import sources as records
 
 STALL_S = 15.0
 """A download that brings less than LEAST_BYTES in this long is given up."""

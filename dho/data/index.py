@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dho.errors import DataError
+from dho.core.errors import DataError
 
 INDEX, CARD = "index.parquet", "dataset.json"
 

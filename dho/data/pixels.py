@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dho.config import ViewsConfig
+from dho.core.errors import DataError
 from dho.data.index import Index
 from dho.data.views import random_view
-from dho.errors import DataError
-from dho.serving.dho_runtime import ImageRejected, centre_box, decode, render
+from dho.runtime.dho_runtime import ImageRejected, centre_box, decode, render
 
 KEEP_BYTES = 256 * 2**20
 """Decoded images that a process keeps for the next epoch, and views of the few labelled images, which come again in every other step: so

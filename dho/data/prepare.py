@@ -25,15 +25,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dho.catalogue import datasets as catalogue
 from dho.config import DataConfig
-from dho.data import catalogue
+from dho.core.errors import DataError
+from dho.core.files import sync
+from dho.core.progress import progress
 from dho.data.index import CARD, INDEX, SCHEMA, Index, fingerprint
-from dho.data.records import Source, open_source
+from dho.data.sources import Source, open_source
 from dho.data.splits import SPLITS, Draw, draw
-from dho.errors import DataError
-from dho.files import sync
-from dho.progress import progress
-from dho.serving.dho_runtime import ImageRejected, decode
+from dho.runtime.dho_runtime import ImageRejected, decode
 
 REJECTED = "rejected.csv"
 

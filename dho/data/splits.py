@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dho.config import SplitsConfig
-from dho.data.records import Record
-from dho.errors import DataError
+from dho.core.errors import DataError
+from dho.data.sources import Record
 
 SPLITS = ("labelled", "unlabelled", "val", "test", "captions")
 

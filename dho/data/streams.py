@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from dho.config import Config
+from dho.core.errors import ConfigError
+from dho.core.process import Process, loading_processes, part
 from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
-from dho.distributed import Process, loading_processes, part
-from dho.errors import ConfigError
 from dho.teacher.store import TeacherStore
 
 ALIGNMENT = 16

@@ -13,7 +13,7 @@ import hashlib
 import math
 
 from dho.config import ViewsConfig
-from dho.serving.dho_runtime import Box, centre_box
+from dho.runtime.dho_runtime import Box, centre_box
 
 LARGEST_RATIO = 4 / 3
 """Aspect ratios run from 3/4 to 4/3, wide and tall alike."""

@@ -21,16 +21,16 @@ import open_clip
 import torch
 from torch import Tensor
 
-from dho.allocator import keep_freed_memory
 from dho.config import Config, PretrainConfig
+from dho.core.allocator import keep_freed_memory
+from dho.core.errors import ConfigError, DataError
+from dho.core.files import write_atomically
+from dho.core.optim import learning_rate_share
+from dho.core.process import loading_processes
+from dho.core.progress import bar
+from dho.core.tensors import write_tensors
 from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
-from dho.distributed import loading_processes
-from dho.errors import ConfigError, DataError
-from dho.files import write_atomically
-from dho.progress import bar
-from dho.schedule import learning_rate_share
-from dho.tensors import write_tensors
 
 WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 

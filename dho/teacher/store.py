@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dho.config import Config, ViewsConfig, digest, flatten
+from dho.core.errors import StoreMismatch
+from dho.core.process import part
 from dho.data.index import Index
-from dho.distributed import part
-from dho.errors import StoreMismatch
 
 META, TEXT_WEIGHTS = "meta.json", "text_weights.npy"
 PARTS = {"train": ("labelled", "unlabelled"), "eval": ("val", "test")}

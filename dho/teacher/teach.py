@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dho.catalogue.datasets import templates
 from dho.config import Config, digest
-from dho.data.catalogue import templates
+from dho.core.errors import StoreMismatch
+from dho.core.files import replacing, sha256_file, write_atomically
+from dho.core.process import Process, barrier, loading_processes, part
+from dho.core.progress import bar
 from dho.data.index import Index
 from dho.data.pixels import Pixels, loader
-from dho.distributed import Process, barrier, loading_processes, part
-from dho.errors import StoreMismatch
-from dho.files import replacing, sha256_file, write_atomically
-from dho.progress import bar
+from dho.teacher.clip import Teacher
 from dho.teacher.store import FORMAT, META, PARTS, TEXT_WEIGHTS, TeacherStore, data_identity, differences, part_views, read_meta, shard_name
-from dho.teacher.vlm import Teacher
 
 
 def teach(config: Config, prepared: Path, out: Path, process: Process, rebuild: bool = False) -> TeacherStore:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dho.data.index import Index
-from dho.head_outputs import HeadOutputs
-from dho.serving.dho_runtime import mix
+from dho.evaluation.head_outputs import HeadOutputs
+from dho.runtime.dho_runtime import mix
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path)

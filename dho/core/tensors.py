@@ -1,0 +1,20 @@
+"""Safetensors files that are whole or absent; apart from dho/core/files.py, which is used where torch need not be imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dho.core.files import replacing
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file (CPU tensors, made contiguous), whole or not at all; raises `OSError` where the system refuses."""
+    with replacing(path) as temporary:
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error

@@ -1,0 +1,1 @@
+"""From head outputs to alpha, beta, metrics and plots."""

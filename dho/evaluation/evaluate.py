@@ -1,0 +1,109 @@
+"""Stage `evaluate`: choose alpha and beta on val, measure every source on val and test, draw the plots.
+
+    dho evaluate
+
+Reads the head outputs that training saved and the teacher store; runs neither student nor teacher, so another grid takes seconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dho.config import Config
+from dho.core.files import write_atomically
+from dho.data.index import Index
+from dho.evaluation import plots
+from dho.evaluation.head_outputs import HeadOutputs
+from dho.evaluation.metrics import confusion, measure, per_class, reliability, sources
+from dho.evaluation.tuning import search
+from dho.student.model import load_student
+from dho.teacher.store import TeacherStore
+from dho.tracking.run import Tracker
+
+METRICS = "metrics.json"
+
+
+def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, out: Path, spool: Path) -> dict[str, Any]:
+    """Write `metrics.json` and `plots/` to `out`, record them in the run that trained the student, and return the metrics.
+
+    Args:
+        config: the grid and the bins.
+        prepared, store_folder, trained: what stages `prepare`, `teach` and `train` wrote.
+        spool: folder of metrics that MLflow has not got yet.
+
+    Raises:
+        DataError: there is no trained student.
+        StoreMismatch: the store is not of this data.
+        TrackingError: MLflow cannot be reached.
+    """
+    _, card = load_student(trained / "student")
+    index = Index.load(prepared)
+    store = TeacherStore.open(store_folder, index, config)
+    outputs = {split: HeadOutputs.load(trained / "head_outputs" / f"{split}.npz") for split in ("val", "test")}
+    best, surface = search(outputs["val"], config.evaluate)
+    bins = config.evaluate.ece_bins
+
+    metrics: dict[str, Any] = {"alpha": best.alpha, "beta": best.beta}
+    reliabilities: dict[str, list[dict[str, float]]] = {}
+    for split, heads in outputs.items():
+        teacher_logits = store.logits(store.embeddings(index.rows(split), part_name="eval"))
+        metrics[split] = {}
+        for source, probabilities in sources(heads, best.alpha, best.beta, teacher_logits).items():
+            metrics[split][source] = measure(probabilities, heads.labels, bins)
+            if split == "test":
+                metrics[split][source]["per_class"] = per_class(probabilities, heads.labels, card.class_names)
+                reliabilities[source] = reliability(probabilities, heads.labels, bins)
+                if source == "combined":
+                    guesses, counts = probabilities.argmax(1), confusion(probabilities, heads.labels)
+    write_atomically(out / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    names = card.class_names
+    _write_csv(
+        out / "plots" / "confusion.csv", [{"actual": names[t], "predicted": names[g]} for t, g in zip(heads.labels, guesses, strict=True)]
+    )
+    _write_csv(out / "plots" / "reliability.csv", [{"source": s, **point} for s, points in reliabilities.items() for point in points])
+    _write_csv(out / "plots" / "surface.csv", [asdict(point) for point in surface])
+    plots.surface(out / "plots" / "surface.png", surface, best)
+    plots.confusion(out / "plots" / "confusion.png", counts, names)
+    plots.reliability(out / "plots" / "reliability.png", reliabilities)
+    with (trained / "history.csv").open(newline="") as file:
+        plots.curves(out / "plots" / "curves.png", list(csv.DictReader(file)))
+
+    with Tracker.open(config.tracking, spool, run_id=card.run_id) as tracker:
+        flat = {
+            # val/* are the curves of training, at a fixed alpha and beta.
+            f"{'val_tuned' if split == 'val' else split}/{source}/{metric}": value
+            for split in outputs
+            for source, values in metrics[split].items()
+            for metric, value in values.items()
+            if isinstance(value, float) and np.isfinite(value)
+        }
+        tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=card.steps)
+        tracker.log_artifacts(out, "evaluate")
+        tracker.log_artifacts(trained / "history.csv", "train")
+    return metrics
+
+
+def table(metrics: dict[str, Any], split: str = "test") -> list[tuple[str, str, str, str, str]]:
+    """Rows (source, top-1, top-5, NLL, ECE) as text, for people."""
+    names = {"teacher": "teacher, zero-shot", "ce_head": "CE head", "kd_head": "KD head"}
+    names["combined"] = f"combined (alpha {metrics['alpha']:g}, beta {metrics['beta']:g})"
+    return [
+        (name, f"{100 * m['top1']:.2f} %", f"{100 * m['top5']:.2f} %", f"{m['nll']:.3f}", f"{m['ece']:.3f}")
+        for source, name in names.items()
+        if (m := metrics[split].get(source)) is not None
+    ]
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,1 @@
+"""The student as a model version: built, measured, published, promoted."""

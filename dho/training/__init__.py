@@ -1,0 +1,1 @@
+"""The training loop (Algorithm 1) and what keeps it alive."""
