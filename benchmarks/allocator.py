@@ -25,7 +25,9 @@ def main() -> None:
     for number in range(ROUNDS):
         rates = {name: measured(name) for name in ("given back", "kept")}
         ratios.append(rates["kept"][0] / rates["given back"][0])
-        said = ", ".join(f"{name}: {rate:,.0f} images/s, {faults:,.0f} page faults a step" for name, (rate, faults) in rates.items())
+        said = ", ".join(
+            f"{name}: {rate:,.0f} images/s, {faults:,.0f} page faults a step" for name, (rate, faults) in rates.items()
+        )
         print(f"round {number + 1}: {said}", flush=True)
     print(f"ratio {statistics.median(ratios):.2f}")
 

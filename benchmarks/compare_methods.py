@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from dho.config import load
 from dho.core.process import process_group
-from dho.core.workspace import PREPARED, STORE
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.evaluation.head_outputs import HeadOutputs
 from dho.evaluation.metrics import measure, sources
@@ -34,9 +32,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="methods to train")
     arguments = parser.parse_args()
-    config = load()
-    index = Index.load(PREPARED)
-    store = TeacherStore.open(STORE, index, config)
+    config, workspace = load(), Workspace()
+    index = Index.load(workspace.prepared)
+    store = TeacherStore.open(workspace.teacher, index, config)
     top1: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
         for method in arguments.methods:
@@ -46,19 +44,25 @@ def main() -> None:
                 train=dataclasses.replace(config.train, method=method, seed=seed),
                 tracking=dataclasses.replace(config.tracking, experiment=f"{config.tracking.experiment}-compare"),
             )
-            with tempfile.TemporaryDirectory() as folder, process_group() as process:
-                if not train(changed, PREPARED, STORE, Path(folder), Path("checkpoints"), process):
-                    raise SystemExit("stopped; run again to go on")
-                val, test = (HeadOutputs.load(Path(folder) / "head_outputs" / f"{split}.npz") for split in ("val", "test"))
+            cell = workspace.cell(f"{method}-seed{seed}")
+            with process_group() as process:
+                if not train(changed, cell, process):
+                    raise SystemExit("stopped; run again to continue")
+            val, test = (HeadOutputs.load(cell.head_outputs / f"{split}.npz") for split in ("val", "test"))
             best, _ = search(val, config.evaluate)
-            scores = {name: 100 * measure(answers, test.labels)["top1"] for name, answers in sources(test, best.alpha, best.beta).items()}
+            scores = {
+                name: 100 * measure(answers, test.labels)["top1"]
+                for name, answers in sources(test, best.alpha, best.beta).items()
+            }
             for name, value in scores.items():
                 label = f"dho {name}" if method == "dho" else f"{method} student"
                 if method == "dho" or name == "combined":
                     top1.setdefault(label, []).append(value)
             seconds = time.perf_counter() - start
             shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-            print(f"seed {seed} {method}: {shown} (alpha {best.alpha:g}, beta {best.beta:g}; {seconds:.0f} s)", flush=True)
+            print(
+                f"seed {seed} {method}: {shown} (alpha {best.alpha:g}, beta {best.beta:g}; {seconds:.0f} s)", flush=True
+            )
 
     rows = index.rows("test")
     teacher = store.logits(store.embeddings(rows, part_name="eval"))

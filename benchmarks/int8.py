@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from dho.core.workspace import EVALUATED, PREPARED, TRAINED
+from dho.core.workspace import Workspace
 from dho.data.index import Index
-from dho.evaluation.evaluate import METRICS
 from dho.registry.onnx_export import export_onnx
 from dho.registry.onnx_int8 import calibration_batches, quantise_onnx, seen_by
 from dho.runtime.dho_runtime import mix
@@ -27,9 +26,10 @@ ROUNDS, CALLS = 5, 200
 
 
 def main() -> None:
-    student, card = load_student(TRAINED / "student")
-    tuned = json.loads((EVALUATED / METRICS).read_text())
-    index = Index.load(PREPARED)
+    workspace = Workspace()
+    student, card = load_student(workspace.student)
+    tuned = json.loads(workspace.metrics.read_text())
+    index = Index.load(workspace.prepared)
     rows = index.rows("test")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -61,7 +61,19 @@ def served(model: str, uri: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = ["mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port), "--host", "127.0.0.1"]
+    command = [
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        model,
+        "--env-manager",
+        "local",
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -132,9 +144,13 @@ def bad_requests(address: str, images: list[bytes], count: int = 50) -> int:
         "a bomb of 100 megapixels": records([bomb(10_000, 10_000)]),
         "no JSON": b'{"dataframe_records": [{"image": ',
         "no form of MLflow's": b'{"image": "aGVsbG8="}',
-        "another column": json.dumps({"dataframe_records": [{"picture": base64.b64encode(images[0]).decode()}]}).encode(),
+        "another column": json.dumps(
+            {"dataframe_records": [{"picture": base64.b64encode(images[0]).decode()}]}
+        ).encode(),
         "no base64": b'{"dataframe_records": [{"image": "/etc/passwd"}]}',
-        "a batch of 20,000": json.dumps({"dataframe_split": {"columns": ["image"], "data": [["aGVsbG8="]] * 20_000}}).encode(),
+        "a batch of 20,000": json.dumps(
+            {"dataframe_split": {"columns": ["image"], "data": [["aGVsbG8="]] * 20_000}}
+        ).encode(),
         "a parameter that is not allowed": records([images[0]], alpha=7.0),
         "a number": b'{"dataframe_records": [{"image": 7}]}',
     }
@@ -147,7 +163,10 @@ def bad_requests(address: str, images: list[bytes], count: int = 50) -> int:
             wrong += 1
             print(f"{name}: {status} {answer[:200]}", file=sys.stderr)
         counts[name] = "an error for its row" if row_error else str(status)
-    print(f"{count} bad requests, {wrong} of them not refused: " + "; ".join(f"{name} {outcome}" for name, outcome in counts.items()))
+    print(
+        f"{count} bad requests, {wrong} of them not refused: "
+        + "; ".join(f"{name} {outcome}" for name, outcome in counts.items())
+    )
     return wrong
 
 

@@ -23,7 +23,7 @@ import torch
 
 from dho.config import Config, load
 from dho.core.process import process_group
-from dho.core.workspace import PREPARED, STORE
+from dho.core.workspace import Workspace
 from dho.data.pixels import Pixels, loader
 from dho.data.streams import Batch, StreamPlan
 from dho.teacher.clip import Teacher
@@ -34,20 +34,27 @@ ROUNDS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", help="open_clip architecture (random weights) instead of the teacher of params.yaml")
+    parser.add_argument(
+        "--teacher", help="open_clip architecture (random weights) instead of the teacher of params.yaml"
+    )
     parser.add_argument("--steps", type=int, help="steps a round instead of a whole epoch")
     arguments = parser.parse_args()
     config = load()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
     with process_group() as process, tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, PREPARED, STORE, Path(folder) / "out", Path(folder) / "checkpoints", process)
+        trainer = Trainer(
+            config, Workspace(trained=Path(folder) / "out", checkpoints=Path(folder) / "checkpoints"), process
+        )
         teacher = the_teacher(config, arguments.teacher, process.device)
         steps = trainer.streams.steps
         counted = min(arguments.steps or steps, steps)
         ratios = []
         for number in range(ROUNDS):
             seconds = {}
-            for name, batches in (("store", trainer.streams.from_step(0)), ("online", online(trainer, teacher, config))):
+            for name, batches in (
+                ("store", trainer.streams.from_step(0)),
+                ("online", online(trainer, teacher, config)),
+            ):
                 start = time.perf_counter()
                 for step, batch in itertools.islice(batches, counted):
                     trainer.step(trainer.to_device(batch), step)
@@ -89,7 +96,9 @@ def online(trainer: Trainer, teacher: Teacher, config: Config) -> Iterator[tuple
         yield step, batch
 
 
-def both_sizes(plan: StreamPlan, student: Pixels, teacher: Pixels, labels: Any, step: int) -> tuple[Batch, dict[str, torch.Tensor]]:
+def both_sizes(
+    plan: StreamPlan, student: Pixels, teacher: Pixels, labels: Any, step: int
+) -> tuple[Batch, dict[str, torch.Tensor]]:
     batch: Batch = {}
     for_teacher = {}
     for name in ("labelled", "unlabelled"):

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dho.config import Config, load
 from dho.core.process import process_group
-from dho.core.workspace import PREPARED, STORE
+from dho.core.workspace import Workspace
 from dho.student.model import Student
 from dho.tracking.run import Tracker
 from dho.training.train import Trainer
@@ -39,7 +39,10 @@ class Measured(Trainer):
         steps = self.streams.plan.steps_per_epoch
         bare = self.bare.seconds(steps // 2) * steps / (steps // 2)
         images = sum(sum(self.streams.sizes(step).values()) for step in range(steps))
-        print(f"epoch {len(self.state.history)}: real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}", flush=True)
+        print(
+            f"epoch {len(self.state.history)}: real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}",
+            flush=True,
+        )
         self.real_seconds += real
         self.bare_seconds += bare
         self.since = time.perf_counter()
@@ -64,7 +67,9 @@ class Bare:
         for _ in range(steps):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.student(self.images)
-                loss = functional.cross_entropy(outputs["ce"], self.labels) + functional.cross_entropy(outputs["kd"], self.labels)
+                loss = functional.cross_entropy(outputs["ce"], self.labels) + functional.cross_entropy(
+                    outputs["kd"], self.labels
+                )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -75,7 +80,9 @@ class Bare:
 
 def main() -> None:
     with process_group() as process, tempfile.TemporaryDirectory() as folder:
-        trainer = Measured(load(), PREPARED, STORE, Path(folder) / "out", Path(folder) / "checkpoints", process)
+        trainer = Measured(
+            load(), Workspace(trained=Path(folder) / "out", checkpoints=Path(folder) / "checkpoints"), process
+        )
         trainer.loop(None)
     print(f"ratio {trainer.bare_seconds / trainer.real_seconds:.2f}")
 

@@ -56,7 +56,9 @@ def postgres() -> Iterator[str]:
     """A PostgreSQL server with the databases `mlflow` and `auth`; yields the start of their address."""
     programs = postgres_bin()
     assert programs is not None
-    folder = Path(tempfile.mkdtemp(prefix="dho-postgres-"))  # pytest's folders are closed to the user that PostgreSQL runs as
+    folder = Path(
+        tempfile.mkdtemp(prefix="dho-postgres-")
+    )  # pytest's folders are closed to the user that PostgreSQL runs as
     as_user: dict[str, object] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         account = pwd.getpwnam("postgres")
@@ -65,7 +67,9 @@ def postgres() -> Iterator[str]:
     (port,) = free_ports(1)
     log = folder / "log"
     run = {"cwd": "/", "stdout": log.open("ab"), "stderr": subprocess.STDOUT, **as_user}
-    subprocess.run([programs / "initdb", "-D", folder / "data", "-U", "mlflow", "-A", "trust", "--no-sync"], check=True, **run)  # type: ignore[call-overload]
+    subprocess.run(
+        [programs / "initdb", "-D", folder / "data", "-U", "mlflow", "-A", "trust", "--no-sync"], check=True, **run
+    )  # type: ignore[call-overload]
     options = ["-p", str(port), "-k", "", "-c", "listen_addresses=127.0.0.1"]
     server = subprocess.Popen([programs / "postgres", "-D", folder / "data", *options], **run)  # type: ignore[call-overload]
     try:
@@ -115,13 +119,18 @@ def s3(folder: Path, bucket: str) -> Iterator[str]:
         "-s3.port.lance=0",
     ]
     log = folder / "log"
-    server = subprocess.Popen([BIN / "weed", "server", *options, *places, *grpc], stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    server = subprocess.Popen(
+        [BIN / "weed", "server", *options, *places, *grpc], stdout=log.open("wb"), stderr=subprocess.STDOUT
+    )
     address = f"http://127.0.0.1:{ports[0]}"
     try:
         wait_for(lambda: urllib.request.urlopen(f"{address}/healthz", timeout=1), server, log)
         import boto3
 
-        secrets = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
+        secrets = {
+            "aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"],
+        }
         boto3.client("s3", endpoint_url=address, region_name="us-east-1", **secrets).create_bucket(Bucket=bucket)
         yield address
     finally:
@@ -159,7 +168,17 @@ class MlflowServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         stores = ["--backend-store-uri", f"{self.database}/mlflow", "--artifacts-destination", "s3://mlflow/artifacts"]
-        command = [BIN / "mlflow", "server", "--app-name", "basic-auth", *stores, "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            BIN / "mlflow",
+            "server",
+            "--app-name",
+            "basic-auth",
+            *stores,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         log = self.folder / "log"
         self.process = subprocess.Popen(
             [*command, "--workers", "1"],

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from dho.config import Config, from_dict
 from dho.core.process import Process
-from dho.core.workspace import PREPARED, STORE
+from dho.core.workspace import Workspace
 from dho.data.fetch import fetch
 from dho.data.index import Index
 from dho.data.prepare import prepare
@@ -70,9 +70,13 @@ def tiny_tree(source: Path, folder: Path) -> dict[str, Any]:
             "splits": {"shots": 4, "val_per_class": 5, "test_per_class": 5, "captions": 24},
         },
         "views": {"count": 2},
-        "teacher": {"model": f"local-dir:{folder / 'pretrained'}", "batch_size": 16, "shard_images": 16},
+        "teacher": {"model": f"local-dir:{Workspace(folder).pretrained}", "batch_size": 16, "shard_images": 16},
         "pretrain": {"epochs": 2, "batch_size": 8},
-        "student": {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, "input_size": 32},
+        "student": {
+            "model": "resnet18",
+            "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]},
+            "input_size": 32,
+        },
         "train": {"epochs": 2, "batch_labelled": 8, "batch_unlabelled": 8, "log_every": 3, "checkpoint_every": 4},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}", "experiment": "tests"},
         "launch": {"workers": 1, "processes": 1},
@@ -99,12 +103,16 @@ class Tiny:
         return from_dict(self.tree)
 
     @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.folder)
+
+    @property
     def prepared(self) -> Path:
-        return self.folder / "prepared"
+        return self.workspace.prepared
 
     @property
     def store_folder(self) -> Path:
-        return self.folder / "store"
+        return self.workspace.teacher
 
     @property
     def index(self) -> Index:
@@ -116,9 +124,10 @@ class Tiny:
 
     def workplace(self, folder: Path, **train: Any) -> Path:
         """A folder that stages `prepare` and `teach` have been run in, with these `train` parameters changed."""
-        for made, target in ((PREPARED, self.prepared), (STORE, self.store_folder)):
-            (folder / made).parent.mkdir(parents=True, exist_ok=True)
-            (folder / made).symlink_to(target)
+        made = Workspace(folder)
+        for link, target in ((made.prepared, self.prepared), (made.teacher, self.store_folder)):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
         tree = self.tree | {"train": self.tree["train"] | train}
         (folder / "params.yaml").write_text(yaml.safe_dump(tree))
         return folder
@@ -150,8 +159,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     write_folder(folder / "images")
     made = Tiny(folder, tiny_tree(folder / "images", folder))
     config = made.config
-    fetch(config.data, folder / "raw")
-    prepare(config.data, folder / "raw", made.prepared)
-    pretrain(config, made.prepared, folder / "pretrained")
-    teach(config, made.prepared, made.store_folder, ALONE)
+    fetch(config, made.workspace)
+    prepare(config, made.workspace)
+    pretrain(config, made.workspace)
+    teach(config, made.workspace, ALONE)
     return made

@@ -68,5 +68,7 @@ def class_names(config: DataConfig, found: list[str] | None = None) -> list[str]
     if config.class_names is None:
         return known or sorted(found or [])
     if known and len(config.class_names) != len(known):
-        raise ConfigError(f"data.class_names has {len(config.class_names)} names; {config.name} has {len(known)} classes")
+        raise ConfigError(
+            f"data.class_names has {len(config.class_names)} names; {config.name} has {len(known)} classes"
+        )
     return config.class_names

@@ -22,7 +22,7 @@ from dho import __version__
 from dho.cli import models as cli_registry
 from dho.config import Config, KubernetesConfig, load
 from dho.core.errors import DhoError
-from dho.core.workspace import CHECKPOINTS, EVALUATED, PREPARED, PRETRAINED, RAW, REGISTERED, STORE, TRAINED, UNSENT
+from dho.core.workspace import Workspace
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-job = typer.Typer(help="What the pods of a PyTorchJob run; `dho launch` and k8s/ start these, people do not.", no_args_is_help=True)
+job = typer.Typer(
+    help="What the pods of a PyTorchJob run; `dho launch` and k8s/ start these, people do not.", no_args_is_help=True
+)
 app.add_typer(job, name="job")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
@@ -52,7 +54,7 @@ def fetch(params: Params = PARAMS) -> None:
     """Bring the raw files of the data set here, by whichever way works, and check them."""
     from dho.data.fetch import fetch
 
-    fetch(load(params).data, RAW)
+    fetch(load(params), Workspace())
 
 
 @app.command()
@@ -60,7 +62,7 @@ def prepare(params: Params = PARAMS) -> None:
     """Check every image, draw the splits, write tar shards and the index."""
     from dho.data.prepare import prepare
 
-    prepare(load(params).data, RAW, PREPARED)
+    prepare(load(params), Workspace())
 
 
 @app.command()
@@ -68,36 +70,38 @@ def pretrain(params: Params = PARAMS) -> None:
     """Train the stand-in teacher on images and captions (nothing to do with a real CLIP)."""
     from dho.teacher.pretrain import pretrain
 
-    pretrain(load(params), PREPARED, PRETRAINED)
+    pretrain(load(params), Workspace())
 
 
 @app.command()
 def teach(
     params: Params = PARAMS,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace a store that was made from something else.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Replace a store that was made from something else.")
+    ] = False,
 ) -> None:
     """Run the teacher once over every (image, view) and write the teacher store."""
-    if _on_cluster(params, "teach", STORE):
+    if _on_cluster(params, "teach", Workspace().teacher):
         return
     config = _in_torchrun(params, "teach", *(["--rebuild"] if rebuild else []))
     from dho.core.process import process_group
     from dho.teacher.teach import teach
 
     with process_group() as process:
-        teach(config, PREPARED, STORE, process, rebuild)
+        teach(config, Workspace(), process, rebuild)
 
 
 @app.command()
 def train(params: Params = PARAMS) -> None:
     """Train the student on both streams; interrupted, it goes on where it stopped."""
-    if _on_cluster(params, "train", TRAINED):
+    if _on_cluster(params, "train", Workspace().trained):
         return
     config = _in_torchrun(params, "train")
     from dho.core.process import process_group
     from dho.training.train import STOPPED, train
 
     with process_group() as process:
-        finished = train(config, PREPARED, STORE, TRAINED, CHECKPOINTS, process)
+        finished = train(config, Workspace(), process)
     if not finished:
         raise typer.Exit(STOPPED)
 
@@ -107,7 +111,7 @@ def evaluate(params: Params = PARAMS) -> None:
     """Choose alpha and beta on val, measure both heads, their combination and the teacher, draw the plots."""
     from dho.evaluation import evaluate as report
 
-    metrics = report.evaluate(load(params), PREPARED, STORE, TRAINED, EVALUATED, UNSENT)
+    metrics = report.evaluate(load(params), Workspace())
     _print_metrics(metrics)
 
 
@@ -118,13 +122,13 @@ def register(params: Params = PARAMS) -> None:
     from dho.registry.register import register
 
     config = load(params)
-    sources = Sources(PREPARED, STORE, EVALUATED / "plots")
-    done = register(config, TRAINED / "student", EVALUATED / "metrics.json", REGISTERED, sources)
+    sources = Sources(Workspace().prepared, Workspace().teacher, Workspace().plots)
+    done = register(config, Workspace().student, Workspace().metrics, Workspace().registered, sources)
     print(f"register: models:/{done['name']}@candidate is version {done['version']}")
     if config.registry.promote == "auto":
         from dho.registry.promote import promote
 
-        cli_registry.print_decision(promote(config, PREPARED), "champion")
+        cli_registry.print_decision(promote(config, Workspace().prepared), "champion")
 
 
 @app.command()
@@ -133,12 +137,11 @@ def results() -> None:
     import json
 
     from dho.core.errors import DataError
-    from dho.evaluation.evaluate import METRICS
 
     try:
-        _print_metrics(json.loads((EVALUATED / METRICS).read_text()))
+        _print_metrics(json.loads(Workspace().metrics.read_text()))
     except OSError as error:
-        raise DataError(f"{EVALUATED / METRICS}: {error.strerror}; run the evaluate stage") from error
+        raise DataError(f"{Workspace().metrics}: {error.strerror}; run the evaluate stage") from error
 
 
 @app.command()
@@ -146,8 +149,12 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files; with --model also folders.")],
     top: Annotated[int, typer.Option(help="Labels to print for each image.", min=1)] = 3,
     alpha: Annotated[float | None, typer.Option(help="Weight of the CE head; default: as tuned.", min=0, max=1)] = None,
-    beta: Annotated[float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)] = None,
-    model: Annotated[str | None, typer.Option(help="Registered model, models:/NAME@ALIAS, instead of the student here.")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Registered model, models:/NAME@ALIAS, instead of the student here.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
     params: Params = PARAMS,
 ) -> None:
@@ -163,7 +170,7 @@ def predict(
     from dho.evaluation.predict import predict
 
     bad = 0
-    for path, answer in predict(TRAINED / "student", EVALUATED / "metrics.json", images, alpha, beta):
+    for path, answer in predict(Workspace(), images, alpha, beta):
         if isinstance(answer, str):
             print(f"dho: {path}: {answer}", file=sys.stderr)
             bad += 1
@@ -183,7 +190,9 @@ class Stage(StrEnum):
 @app.command()
 def publish(
     stage: Annotated[Stage, typer.Option("--for", help="The stage that pods are to run.")] = Stage.train,
-    pin: Annotated[Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/base/pytorchjob.yaml.")] = None,
+    pin: Annotated[
+        Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/base/pytorchjob.yaml.")
+    ] = None,
 ) -> None:
     """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""
     from dho.cluster.revision import pin_manifest
@@ -195,7 +204,9 @@ def publish(
     print(revision)
 
 
-Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace of the jobs; default: launch.kubernetes.namespace.")]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace of the jobs; default: launch.kubernetes.namespace.")
+]
 
 
 @app.command()
@@ -203,13 +214,17 @@ def launch(
     params: Params = PARAMS,
     stage: Annotated[Stage, typer.Option(help="What the job runs.")] = Stage.train,
     nodes: Annotated[int | None, typer.Option(help="Pods, each on a node of its own where there are enough.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs, and processes, a node; without it: CPUs, one process a node.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs, and processes, a node; without it: CPUs, one process a node.")
+    ] = None,
     elastic: Annotated[str | None, typer.Option(help="MIN:MAX nodes with which training goes on.")] = None,
     queue: Annotated[str | None, typer.Option(help="Kueue's LocalQueue.")] = None,
     image: Annotated[str | None, typer.Option(help="Image of the pods.")] = None,
     namespace: Namespace = None,
     name: Annotated[str | None, typer.Option(help="Of the job; default: dho-STAGE-REVISION.")] = None,
-    revision: Annotated[str | None, typer.Option(help="As `dho publish` printed it; default: publish this folder now.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="As `dho publish` printed it; default: publish this folder now.")
+    ] = None,
     start_timeout: Annotated[float, typer.Option(help="Seconds in which the job must start.", min=1)] = 600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifests and send nothing.")] = False,
 ) -> None:
@@ -221,7 +236,14 @@ def launch(
     from dho.cluster.manifest import to_yaml
 
     settings = _kubernetes(params)
-    given: dict[str, Any] = {"nodes": nodes, "gpus": gpus, "elastic": elastic, "queue": queue, "image": image, "namespace": namespace}
+    given: dict[str, Any] = {
+        "nodes": nodes,
+        "gpus": gpus,
+        "elastic": elastic,
+        "queue": queue,
+        "image": image,
+        "namespace": namespace,
+    }
     settings = dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})
     wanted = dataclasses.replace(launch_of(settings, stage.value), name=name, revision=revision)
     documents = prepare(wanted)
@@ -253,7 +275,9 @@ def jobs(params: Params = PARAMS, namespace: Namespace = None) -> None:
 @app.command()
 def logs(
     name: Annotated[str, typer.Argument(help="Of the job.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, as `dho launch` does.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends, as `dho launch` does.")
+    ] = False,
     pod: Annotated[str | None, typer.Option(help="master-0, worker-3, ...; default: the one with rank 0.")] = None,
     params: Params = PARAMS,
     namespace: Namespace = None,
@@ -271,7 +295,9 @@ def logs(
 
 
 @app.command()
-def stop(name: Annotated[str, typer.Argument(help="Of the job.")], params: Params = PARAMS, namespace: Namespace = None) -> None:
+def stop(
+    name: Annotated[str, typer.Argument(help="Of the job.")], params: Params = PARAMS, namespace: Namespace = None
+) -> None:
     """Delete a job; its pods write a checkpoint first, and the same job launched again goes on from there."""
     _cluster(params, namespace).delete(name)
     print(f"stop: {name} is being deleted; its checkpoints stay")
@@ -397,7 +423,10 @@ def main(*arguments: str) -> None:
             raise
         # In a pod RANK is the node's number until torchrun has started: only then do other ranks leave the word to rank 0.
         if not under_torchrun() or os.environ["RANK"] == "0":
-            print(f"dho: {error}" + ("; make room, then run it again" if isinstance(error, OSError) else ""), file=sys.stderr)
+            print(
+                f"dho: {error}" + ("; make room, then run it again" if isinstance(error, OSError) else ""),
+                file=sys.stderr,
+            )
         sys.exit(1)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dho.config import load
-from dho.core.workspace import PREPARED
+from dho.core.workspace import Workspace
 
 REFUSED = 3
 """Exit code of a promotion or rollback that is refused; nothing was changed then."""
@@ -30,7 +30,7 @@ def promote(
     from dho.registry.promote import promote as decide
 
     try:
-        decision = decide(load(params), PREPARED, source, target)
+        decision = decide(load(params), Workspace().prepared, source, target)
     except (PromotionRefused, ClaimHeld) as refused:
         print(f"dho: {refused}", file=sys.stderr)
         raise typer.Exit(REFUSED) from refused
@@ -70,7 +70,9 @@ def registry(params: Params = PARAMS) -> None:
         print(line)
 
 
-def lineage(model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")], params: Params = PARAMS) -> None:
+def lineage(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")], params: Params = PARAMS
+) -> None:
     """Print what made a registered version, and the commands that make it again."""
     from dho.registry.lineage import lineage as trace
 
@@ -92,4 +94,7 @@ def print_decision(decision: Any, target: str) -> None:
     if decision.promoted:
         print(f"promote: models:/{decision.name}@{target} is version {decision.version}")
     else:
-        print(f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: " + "; ".join(decision.reasons))
+        print(
+            f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: "
+            + "; ".join(decision.reasons)
+        )

@@ -78,7 +78,9 @@ class Cluster:
                 self._make(document)
         if not self._make(environment):
             with self._errors(f"ConfigMap {environment['metadata']['name']}"):
-                self.core.replace_namespaced_config_map(environment["metadata"]["name"], self.namespace, environment, **self._limits())
+                self.core.replace_namespaced_config_map(
+                    environment["metadata"]["name"], self.namespace, environment, **self._limits()
+                )
         with self._errors(f"job {name}"):
             made = self.custom.create_namespaced_custom_object(
                 **JOBS, namespace=self.namespace, body=job, field_validation="Strict", **self._limits()
@@ -86,7 +88,9 @@ class Cluster:
         owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": name, "uid": made["metadata"]["uid"]}
         with self._errors(f"ConfigMap {environment['metadata']['name']}"):
             patch = {"metadata": {"ownerReferences": [owner]}}
-            self.core.patch_namespaced_config_map(environment["metadata"]["name"], self.namespace, patch, **self._limits())
+            self.core.patch_namespaced_config_map(
+                environment["metadata"]["name"], self.namespace, patch, **self._limits()
+            )
 
     def job(self, name: str) -> Document | None:
         """A PyTorchJob as the API server has it; None where there is none."""
@@ -94,7 +98,9 @@ class Cluster:
 
         with self._errors(f"job {name}"):
             try:
-                found: Document = self.custom.get_namespaced_custom_object(**JOBS, namespace=self.namespace, name=name, **self._limits())
+                found: Document = self.custom.get_namespaced_custom_object(
+                    **JOBS, namespace=self.namespace, name=name, **self._limits()
+                )
             except ApiException as error:
                 if error.status == 404 and name in said(error):
                     return None
@@ -104,7 +110,9 @@ class Cluster:
     def jobs(self) -> list[Document]:
         """The jobs of this project, oldest first."""
         with self._errors("the jobs"):
-            found = self.custom.list_namespaced_custom_object(**JOBS, namespace=self.namespace, label_selector=PART_OF, **self._limits())
+            found = self.custom.list_namespaced_custom_object(
+                **JOBS, namespace=self.namespace, label_selector=PART_OF, **self._limits()
+            )
         return sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]))
 
     def delete(self, name: str) -> None:
@@ -124,7 +132,9 @@ class Cluster:
         deadline = time.monotonic() + patience_s
         while self.job(name) is not None:
             if time.monotonic() > deadline:
-                raise ClusterError(f"job {name} is still being deleted after {patience_s:.0f} s; `kubectl describe pytorchjob {name}`")
+                raise ClusterError(
+                    f"job {name} is still being deleted after {patience_s:.0f} s; `kubectl describe pytorchjob {name}`"
+                )
             with self._errors(f"job {name}"):
                 for event in Watch(return_type="object").stream(call, **arguments, timeout_seconds=10):
                     if event["type"] == "DELETED":
@@ -223,7 +233,9 @@ def reason(error: BaseException) -> str:
 
 def phase(job: Document) -> str:
     """The newest condition of a job that holds: Created, Running, Restarting, Suspended, Succeeded or Failed; Pending before the first."""
-    holding = [condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"]
+    holding = [
+        condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"
+    ]
     for last in ("Succeeded", "Failed"):
         if last in holding:
             return last

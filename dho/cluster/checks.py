@@ -46,7 +46,9 @@ def problems(documents: list[Document]) -> list[str]:
     """One line for each thing that is wrong with a job's documents; empty where there is none."""
     job = kind(documents, "PyTorchJob")
     if broken := list(schema_problems(job)):
-        return [f"PyTorchJob: {line}" for line in broken]  # the other rules read fields that may be missing or of another type here
+        return [
+            f"PyTorchJob: {line}" for line in broken
+        ]  # the other rules read fields that may be missing or of another type here
     for role, replica in job["spec"]["pytorchReplicaSpecs"].items():
         if not replica.get("template", {}).get("spec", {}).get("containers"):
             return [f"PyTorchJob: {role} has no containers"]
@@ -54,11 +56,19 @@ def problems(documents: list[Document]) -> list[str]:
     replicas = job["spec"]["pytorchReplicaSpecs"]
     for role, replica in replicas.items():
         pod, where = replica["template"]["spec"], f"{role}'s pod"
-        lines += [f"{where}: {line}" for line in [*_pod(pod), *_volumes(pod), *_references(pod, documents, _total(replicas))]]
+        lines += [
+            f"{where}: {line}" for line in [*_pod(pod), *_volumes(pod), *_references(pod, documents, _total(replicas))]
+        ]
         for container in containers(pod):
-            lines += [f"{role}'s container {container['name']}: {line}" for line in [*_container(container, pod), *_secrets(container)]]
+            lines += [
+                f"{role}'s container {container['name']}: {line}"
+                for line in [*_container(container, pod), *_secrets(container)]
+            ]
         if main := [container for container in pod["containers"] if container["name"] == "pytorch"]:
-            lines += [f"{role}'s container pytorch: {line}" for line in _processes(main[0], pod, job["spec"].get("nprocPerNode", "auto"))]
+            lines += [
+                f"{role}'s container pytorch: {line}"
+                for line in _processes(main[0], pod, job["spec"].get("nprocPerNode", "auto"))
+            ]
     return list(dict.fromkeys(lines))
 
 
@@ -152,7 +162,11 @@ def _pod(pod: Document) -> Iterator[str]:
     if (grace := pod.get("terminationGracePeriodSeconds", 30)) <= TORCHRUN_GRACE_S:
         yield f"terminationGracePeriodSeconds is {grace}; expected more than {TORCHRUN_GRACE_S}, which torchrun gives for a checkpoint"
     for key in ("not-ready", "unreachable"):
-        seconds = [t.get("tolerationSeconds", 0) for t in pod.get("tolerations", []) if t.get("key") == f"node.kubernetes.io/{key}"]
+        seconds = [
+            t.get("tolerationSeconds", 0)
+            for t in pod.get("tolerations", [])
+            if t.get("key") == f"node.kubernetes.io/{key}"
+        ]
         if not seconds or not 0 < seconds[0] <= LOST_NODE_S:
             yield f"no toleration of node.kubernetes.io/{key} for 1 to {LOST_NODE_S} s; by default a lost node's pod is left for 300 s"
     if not pod.get("initContainers"):
@@ -179,7 +193,11 @@ def _volumes(pod: Document) -> Iterator[str]:
         if "hostPath" in volume:
             yield f"volume {name!r} is a hostPath; expected a PersistentVolumeClaim or emptyDir (PodSecurity restricted)"
     for container in pod["containers"]:
-        shm = [defined.get(mount["name"], {}) for mount in container.get("volumeMounts", []) if mount["mountPath"] == "/dev/shm"]
+        shm = [
+            defined.get(mount["name"], {})
+            for mount in container.get("volumeMounts", [])
+            if mount["mountPath"] == "/dev/shm"
+        ]
         if not shm or shm[0].get("emptyDir", {}).get("medium") != "Memory":
             yield f"container {container['name']} has no memory-backed /dev/shm; expected emptyDir: {{medium: Memory}} mounted there"
         elif (size := quantity(shm[0]["emptyDir"].get("sizeLimit", "0"))) > (limit := _limit(container, "memory")) > 0:
@@ -191,14 +209,24 @@ def _references(pod: Document, documents: list[Document], nodes: int) -> Iterato
     there = {(document["kind"], document["metadata"]["name"]): document for document in documents}
     wanted = [("ServiceAccount", pod.get("serviceAccountName", "default"))]
     wanted += [
-        ("PersistentVolumeClaim", v["persistentVolumeClaim"]["claimName"]) for v in pod.get("volumes", []) if "persistentVolumeClaim" in v
+        ("PersistentVolumeClaim", v["persistentVolumeClaim"]["claimName"])
+        for v in pod.get("volumes", [])
+        if "persistentVolumeClaim" in v
     ]
     for container in containers(pod):
-        wanted += [("ConfigMap", source["configMapRef"]["name"]) for source in container.get("envFrom", []) if "configMapRef" in source]
+        wanted += [
+            ("ConfigMap", source["configMapRef"]["name"])
+            for source in container.get("envFrom", [])
+            if "configMapRef" in source
+        ]
     for reference in dict.fromkeys(wanted):
         if reference not in there:
             yield f"it uses {reference[0]} {reference[1]!r}, which is not among the documents"
-        elif reference[0] == "PersistentVolumeClaim" and nodes > 1 and "ReadWriteMany" not in there[reference]["spec"]["accessModes"]:
+        elif (
+            reference[0] == "PersistentVolumeClaim"
+            and nodes > 1
+            and "ReadWriteMany" not in there[reference]["spec"]["accessModes"]
+        ):
             yield f"PersistentVolumeClaim {reference[1]!r} is not ReadWriteMany; {nodes} nodes share it"
 
 

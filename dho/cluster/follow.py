@@ -179,7 +179,9 @@ class _Follower:
                     self.streams.follow_log(wanted, pod["metadata"]["uid"], id_)
                     if "terminated" in state:
                         self.streams.log_ended(id_)
-                elif container["name"] == "pytorch" and (past := container.get("lastState", {}).get("terminated", {}).get("containerID")):
+                elif container["name"] == "pytorch" and (
+                    past := container.get("lastState", {}).get("terminated", {}).get("containerID")
+                ):
                     self.streams.log_ended(past)
 
     def _end(self) -> int:
@@ -200,7 +202,9 @@ class _Follower:
         self.started |= running >= (self.job["spec"].get("elasticPolicy") or {}).get("minReplicas", total)
         if now == "Suspended":
             self.unsuspended = clock
-        if now != self.phase or (running != self.running and (running == total or clock - self.running_said > REASON_AFTER_S)):
+        if now != self.phase or (
+            running != self.running and (running == total or clock - self.running_said > REASON_AFTER_S)
+        ):
             self.phase, self.running, self.running_said = now, running, clock
             held = ""
             if now == "Suspended":
@@ -215,17 +219,24 @@ class _Follower:
         if changed:
             self.reasons = reasons.waiting(self.job, self.pods.values(), self.events.values(), self._last_line)
             # The part before the colon: numbers behind it change while it is the same that is missing.
-            self.since = {key: self.since.get(key, now) for key in (reason.partition(":")[0] for reason in self.reasons)}
+            self.since = {
+                key: self.since.get(key, now) for key in (reason.partition(":")[0] for reason in self.reasons)
+            }
         for reason, names in self.reasons.items():
             category = reason.partition(":")[0]
-            if now - self.since[category] >= REASON_AFTER_S and now - self.told.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S:
+            if (
+                now - self.since[category] >= REASON_AFTER_S
+                and now - self.told.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S
+            ):
                 self.told[category] = now
                 self.say(f"{reasons.several(names) or self.name} does not start: {reason}")
         if self.started or now - max(self.began, self.unsuspended) < self.start_timeout_s:
             return None
         phases = sorted({pod.get("status", {}).get("phase", "Pending") for pod in self.pods.values()}) or ["not there"]
         why = next(iter(self.reasons), f"its pods are {' and '.join(phases)}")
-        self.say(f"{self.name} has not started in {self.start_timeout_s:.0f} s: {why}; {_hint(self.cluster, self.name)}")
+        self.say(
+            f"{self.name} has not started in {self.start_timeout_s:.0f} s: {why}; {_hint(self.cluster, self.name)}"
+        )
         return NOT_STARTED
 
     def _restarts(self) -> None:
@@ -253,7 +264,9 @@ class _Follower:
                     text = text.strip() or self.cluster.log(pod, container, tail_lines=5, previous=previous)
                 except ClusterError as error:
                     text = "" if "previous terminated" in str(error) else str(error)
-            self.last_lines[key] = reasons.one_line(text.strip().splitlines()[-1]) if text.strip() else "its log is empty"
+            self.last_lines[key] = (
+                reasons.one_line(text.strip().splitlines()[-1]) if text.strip() else "its log is empty"
+            )
         return self.last_lines[key]
 
     def _api_is_down(self) -> None:
@@ -262,7 +275,9 @@ class _Follower:
             self.down_said = True
             self.say(f"the API server does not answer ({why}); trying on, and the job does not need it")
         if time.monotonic() - first > API_PATIENCE_S:
-            raise ClusterError(f"the API server did not answer for {API_PATIENCE_S:.0f} s; {_hint(self.cluster, self.name)}")
+            raise ClusterError(
+                f"the API server did not answer for {API_PATIENCE_S:.0f} s; {_hint(self.cluster, self.name)}"
+            )
 
     def _log_line(self, line: str) -> None:
         match = _STEP.fullmatch(line.strip())

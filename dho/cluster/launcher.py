@@ -14,7 +14,9 @@ from dho.core.errors import ClusterError
 def launch_of(config: KubernetesConfig, stage: str = "train") -> Launch:
     """`launch.kubernetes` of params.yaml as a launch; raises `ClusterError`."""
     elastic = elastic_range(config.elastic) if config.elastic is not None else None
-    return Launch(nodes=config.nodes, gpus=config.gpus, elastic=elastic, queue=config.queue, image=config.image, stage=stage)
+    return Launch(
+        nodes=config.nodes, gpus=config.gpus, elastic=elastic, queue=config.queue, image=config.image, stage=stage
+    )
 
 
 def prepare(launch: Launch) -> list[Document]:

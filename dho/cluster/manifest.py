@@ -66,7 +66,9 @@ class Launch:
         if self.remote is not None and not re.fullmatch(r"s3://[^/]+(/.*)?", self.remote):
             raise ClusterError(f"remote is {self.remote!r}; expected s3://bucket/prefix")
         if self.queue is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.queue):
-            raise ClusterError(f"queue is {self.queue!r}; expected the name of a LocalQueue: small letters, digits and -")
+            raise ClusterError(
+                f"queue is {self.queue!r}; expected the name of a LocalQueue: small letters, digits and -"
+            )
 
     def overlays(self) -> list[str]:
         """Folders of k8s/overlays in the order in which they are applied; `elastic` takes the Master away that the others still patch."""
@@ -89,7 +91,9 @@ def folder() -> Path:
     for place in (Path("k8s"), package.parent / "k8s", package / "k8s"):
         if (place / "base/pytorchjob.yaml").is_file():
             return place
-    raise ClusterError("no folder k8s with base/pytorchjob.yaml here; install the package again, or run this in the project's folder")
+    raise ClusterError(
+        "no folder k8s with base/pytorchjob.yaml here; install the package again, or run this in the project's folder"
+    )
 
 
 def render(launch: Launch) -> list[Document]:
@@ -176,7 +180,9 @@ def _overlaid(documents: list[Document], overlay: Path) -> list[Document]:
     (settings,) = _load(overlay / "kustomization.yaml")
     unknown = set(settings) - {"apiVersion", "kind", "resources", "patches"}
     if unknown:
-        raise ClusterError(f"{overlay}/kustomization.yaml: dho launch knows no {', '.join(sorted(unknown))}; write it as a patch")
+        raise ClusterError(
+            f"{overlay}/kustomization.yaml: dho launch knows no {', '.join(sorted(unknown))}; write it as a patch"
+        )
     for patch in settings["patches"]:
         target = patch["target"]
         hits = [i for i, document in enumerate(documents) if document["kind"] == target["kind"]]
@@ -185,7 +191,9 @@ def _overlaid(documents: list[Document], overlay: Path) -> list[Document]:
             try:
                 documents[i] = jsonpatch.apply_patch(documents[i], operations)
             except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
-                raise ClusterError(f"{overlay / patch['path']} does not fit k8s/base/pytorchjob.yaml: {error}") from error
+                raise ClusterError(
+                    f"{overlay / patch['path']} does not fit k8s/base/pytorchjob.yaml: {error}"
+                ) from error
     return documents
 
 

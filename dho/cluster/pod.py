@@ -19,7 +19,7 @@ from dho.config import Config
 from dho.core.files import write_atomically
 from dho.core.process import Process, others_wait
 from dho.core.retry import patiently
-from dho.core.workspace import CHECKPOINTS, EVALUATED, PREPARED, REGISTERED, STORE, TRAINED, UNSENT
+from dho.core.workspace import Workspace
 from dho.teacher.teach import teach
 from dho.tracking.server import connect
 from dho.training.train import train
@@ -28,16 +28,18 @@ from dho.training.train import train
 def train_in_pod(config: Config, process: Process) -> bool:
     """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
 
+    workspace = Workspace()
+
     def then() -> None:
         # Only here: every rank would otherwise import MLflow, Matplotlib and pandas each time that training starts again.
         from dho.evaluation import evaluate as report
         from dho.registry.lineage import Sources
         from dho.registry.register import register
 
-        metrics = patiently(lambda: report.evaluate(config, PREPARED, STORE, TRAINED, EVALUATED, UNSENT))
-        sources = Sources(PREPARED, STORE, EVALUATED / "plots")
-        done = patiently(lambda: register(config, TRAINED / "student", EVALUATED / report.METRICS, REGISTERED, sources))
-        outputs = {name: TRAINED / name for name in ("student", "head_outputs", "history.csv")}
+        metrics = patiently(lambda: report.evaluate(config, workspace))
+        sources = Sources(workspace.prepared, workspace.teacher, workspace.plots)
+        done = patiently(lambda: register(config, workspace.student, workspace.metrics, workspace.registered, sources))
+        outputs = {name: workspace.trained / name for name in ("student", "head_outputs", "history.csv")}
         give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]
         print(f"train: models:/{done['name']}/{done['version']}, top-1 {top1:.2f} % on test", flush=True)
@@ -45,7 +47,7 @@ def train_in_pod(config: Config, process: Process) -> bool:
     with others_wait(process):
         if process.is_main:
             patiently(lambda: connect(config.tracking))  # a node that took MLflow with it gives it back
-    return train(config, PREPARED, STORE, TRAINED, CHECKPOINTS, process, then)
+    return train(config, workspace, process, then)
 
 
 def teach_in_pod(config: Config, process: Process) -> None:
@@ -53,15 +55,21 @@ def teach_in_pod(config: Config, process: Process) -> None:
 
     Once the remote has it, the volume keeps only the note that it has.
     """
-    revision = os.environ["DHO_REVISION"]
-    store = CHECKPOINTS / f"teacher-{revision[:16]}"
+    workspace, revision = Workspace(), os.environ["DHO_REVISION"]
+    store = workspace.checkpoints / f"teacher-{revision[:16]}"
     note = store.with_suffix(".in-remote")
     if not note.exists():
-        teach(config, PREPARED, store, process)
+        teach(config, workspace.at(teacher=store), process)
     with others_wait(process):
         if process.is_main:
             if not note.exists():
-                give_back(Remote.of_environment(), revision, Path(), "teach", {path.name: path for path in sorted(store.iterdir())})
+                give_back(
+                    Remote.of_environment(),
+                    revision,
+                    Path(),
+                    "teach",
+                    {path.name: path for path in sorted(store.iterdir())},
+                )
                 write_atomically(note, f"{sum(path.stat().st_size for path in store.iterdir()) / 1e6:.1f} MB\n")
             shutil.rmtree(store, ignore_errors=True)
             print(f"teach: the store is in the remote, {note.read_text().strip()}", flush=True)

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Document = dict[str, Any]
-PULL_ERRORS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable")
+PULL_ERRORS = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+)
 _PULL_NOISE = re.compile(r"^(Back-off pulling image \"[^\"]*\": ErrImagePull: |Back-off pulling image \"[^\"]*\"$)")
 
 
@@ -29,12 +36,18 @@ def waiting(
     mine = list(pods)
     there = {pod["metadata"]["uid"] for pod in mine}
     of_pods: dict[str, list[Document]] = {}
-    missing = len(mine) < sum(int(replica.get("replicas", 1)) for replica in job["spec"]["pytorchReplicaSpecs"].values())
+    missing = len(mine) < sum(
+        int(replica.get("replicas", 1)) for replica in job["spec"]["pytorchReplicaSpecs"].values()
+    )
     for event in sorted(events, key=_when):
         about = event.get("involvedObject", {})
         if about.get("uid") in there:
             of_pods.setdefault(about["uid"], []).append(event)
-        elif missing and about.get("uid") == job["metadata"]["uid"] and event.get("reason", "").startswith("FailedCreate"):
+        elif (
+            missing
+            and about.get("uid") == job["metadata"]["uid"]
+            and event.get("reason", "").startswith("FailedCreate")
+        ):
             found.setdefault(_refused(event.get("message", "")), [])
     # Of several refusals in a row (the quota's numbers change as pods come) the newest says it.
     for reason in list(found)[:-1]:
@@ -81,10 +94,17 @@ def _pod(pod: Document, events: list[Document], last_line: Callable[[str, str], 
         blocked = state.get("waiting", {})
         if blocked.get("reason") in PULL_ERRORS:
             yield f"image {container['image']} cannot be pulled: {_pull(blocked, events)}"
-        elif blocked.get("reason") in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"):
+        elif blocked.get("reason") in (
+            "CreateContainerConfigError",
+            "CreateContainerError",
+            "RunContainerError",
+            "StartError",
+        ):
             yield f"container {container['name']} cannot start: {one_line(blocked.get('message', ''))}"
         elif (
-            first and (ended := _failed(state.get("terminated", {}) or past)) and container.get("restartCount", 0) + ("terminated" in state)
+            first
+            and (ended := _failed(state.get("terminated", {}) or past))
+            and container.get("restartCount", 0) + ("terminated" in state)
         ):
             yield f"init container {container['name']} fails ({ended}): {last_line(name, container['name'])}"
         elif not first and blocked.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) > 2:
@@ -104,9 +124,7 @@ def _unscheduled(message: str) -> str:
     if claim:
         return f"PersistentVolumeClaim {claim[1]} is missing"
     if "unbound immediate PersistentVolumeClaims" in text:
-        return (
-            "its PersistentVolumeClaim is not bound: no volume of its size, access mode and storage class (`kubectl get pvc,storageclass`)"
-        )
+        return "its PersistentVolumeClaim is not bound: no volume of its size, access mode and storage class (`kubectl get pvc,storageclass`)"
     return f"no node fits: {text.partition(' preemption:')[0]}"
 
 
@@ -120,7 +138,11 @@ def _unmounted(message: str, namespace: str) -> str:
 def _pull(blocked: Document, events: list[Document]) -> str:
     """The registry's answer; a pod that backs off only says that it does, and its events still have it."""
     texts = [blocked.get("message", "")]
-    texts += [event["message"] for event in reversed(events) if event.get("reason") == "Failed" and "pull" in event.get("message", "")]
+    texts += [
+        event["message"]
+        for event in reversed(events)
+        if event.get("reason") == "Failed" and "pull" in event.get("message", "")
+    ]
     for text in texts:
         if clean := _PULL_NOISE.sub("", one_line(text)):
             return clean

@@ -61,7 +61,9 @@ class Remote:
         except DvcException as error:
             raise DataError(f"{root.resolve()}: {error}") from error
         if "url" not in settings:
-            raise DataError("no default DVC remote: `dvc remote add --default storage s3://BUCKET/PREFIX`, so that pods can read the data")
+            raise DataError(
+                "no default DVC remote: `dvc remote add --default storage s3://BUCKET/PREFIX`, so that pods can read the data"
+            )
         return cls(settings["url"], settings.get("endpointurl"))
 
     @classmethod
@@ -69,7 +71,9 @@ class Remote:
         """The remote that a pod is told of: DHO_REMOTE and, for servers other than AWS, AWS_ENDPOINT_URL."""
         url = os.environ.get("DHO_REMOTE")
         if not url:
-            raise DataError("DHO_REMOTE is not set; expected s3://bucket/prefix, the project's DVC remote (ConfigMap `dho`)")
+            raise DataError(
+                "DHO_REMOTE is not set; expected s3://bucket/prefix, the project's DVC remote (ConfigMap `dho`)"
+            )
         return cls(url, os.environ.get("AWS_ENDPOINT_URL"))
 
     def read(self, name: str) -> bytes:
@@ -92,7 +96,9 @@ class Remote:
         from botocore.config import Config
 
         return boto3.client(
-            "s3", endpoint_url=self.endpoint, config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 1})
+            "s3",
+            endpoint_url=self.endpoint,
+            config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 1}),
         )
 
 
@@ -137,7 +143,9 @@ def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: f
     patiently(lambda: _dvc(folder, "pull", *NEEDS[stage]), patience_s)
 
 
-def give_back(remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = PATIENCE_S) -> None:
+def give_back(
+    remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = PATIENCE_S
+) -> None:
     """Put a job's outputs (name -> file or folder) into the remote, and last the file that names them all; raises `RemoteError`."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work = Path(temporary)
@@ -180,7 +188,9 @@ def pin_manifest(path: Path, revision: str) -> None:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    pinned, count = re.subn(r'^(\s*DHO_REVISION:\s*)"?[0-9a-f]*"?[^\S\n]*$', rf'\g<1>"{revision}"', text, flags=re.MULTILINE)
+    pinned, count = re.subn(
+        r'^(\s*DHO_REVISION:\s*)"?[0-9a-f]*"?[^\S\n]*$', rf'\g<1>"{revision}"', text, flags=re.MULTILINE
+    )
     if count != 1:
         raise DataError(f"{path}: {count} lines `DHO_REVISION: ...`; expected one, in ConfigMap `dho`")
     write_atomically(path.resolve(), pinned)
@@ -203,12 +213,20 @@ def _dvc(folder: Path, *arguments: str) -> None:
     """Run DVC in `folder`; its output is shown only where it fails."""
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR:")] or said[-1:]
-        raise RemoteError(f"dvc {' '.join(arguments)}: {' '.join(line.removeprefix('ERROR: ') for line in errors)[:500]}", may_pass=True)
+        raise RemoteError(
+            f"dvc {' '.join(arguments)}: {' '.join(line.removeprefix('ERROR: ') for line in errors)[:500]}",
+            may_pass=True,
+        )
 
 
 @contextlib.contextmanager
@@ -223,6 +241,8 @@ def _client_errors(remote: Remote, name: str) -> Iterator[None]:
         said, status = error.response["Error"], error.response["ResponseMetadata"]["HTTPStatusCode"]
         advice = "; run `dho publish`, or correct the revision" if said["Code"] == "NoSuchKey" else ""
         advice = "; check the S3 credentials" if status in (401, 403) else advice
-        raise RemoteError(f"{place}: {said['Code']}: {said.get('Message', '')}{advice}", may_pass=status >= 500) from error
+        raise RemoteError(
+            f"{place}: {said['Code']}: {said.get('Message', '')}{advice}", may_pass=status >= 500
+        ) from error
     except BotoCoreError as error:
         raise RemoteError(f"{place}: {error}", may_pass=not isinstance(error, NoCredentialsError)) from error

@@ -18,7 +18,13 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 SCHEMA = "pytorchjob-v1.9.4.json.gz"
-_TYPES = {"string": "text in quotes", "integer": "a whole number", "boolean": "true or false", "object": "a mapping", "array": "a list"}
+_TYPES = {
+    "string": "text in quotes",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "object": "a mapping",
+    "array": "a list",
+}
 
 
 def schema_problems(job: dict[str, Any]) -> Iterator[str]:
@@ -57,7 +63,11 @@ def schema_of_crd(crd: dict[str, Any]) -> dict[str, Any]:
 
 def _without_descriptions(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _without_descriptions(value) for key, value in node.items() if not (key == "description" and isinstance(value, str))}
+        return {
+            key: _without_descriptions(value)
+            for key, value in node.items()
+            if not (key == "description" and isinstance(value, str))
+        }
     return [_without_descriptions(value) for value in node] if isinstance(node, list) else node
 
 

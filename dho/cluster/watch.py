@@ -101,7 +101,11 @@ class Streams:
                     version = listed["metadata"]["resourceVersion"]
                     self.news.put(News(source, "SYNC", listed["items"]))
                     self.news.put(News(source, "UP"))
-                options = {"resource_version": version, "timeout_seconds": WATCH_S, "_request_timeout": (CONNECT_S, WATCH_S + 10)}
+                options = {
+                    "resource_version": version,
+                    "timeout_seconds": WATCH_S,
+                    "_request_timeout": (CONNECT_S, WATCH_S + 10),
+                }
                 for event in Watch(return_type="object").stream(call, **arguments, **options):
                     version, wait_s = event["object"]["metadata"]["resourceVersion"], 0.0
                     self.news.put(News(source, event["type"], event["object"]))

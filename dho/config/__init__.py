@@ -33,28 +33,47 @@ LARGEST_IMAGE = 178_956_970
 class SplitsConfig:
     """How the images are divided (stage `prepare`). Splits are class-balanced wherever the classes are known."""
 
-    seed: int = setting(0, "Seed of the draw; the same seed and images give the same splits on every platform.", low=0, high=LARGEST_SEED)
-    shots: int | None = setting(16, "Labelled images a class (K); null with labelled_fraction null takes every labelled image.", low=1)
+    seed: int = setting(
+        0,
+        "Seed of the draw; the same seed and images give the same splits on every platform.",
+        low=0,
+        high=LARGEST_SEED,
+    )
+    shots: int | None = setting(
+        16, "Labelled images a class (K); null with labelled_fraction null takes every labelled image.", low=1
+    )
     labelled_fraction: float | None = setting(
         None, "Labelled share of each class instead of shots (0.01 is the paper's 1 %).", above=0, high=1
     )
-    val_per_class: int = setting(100, "Images a class held out of train for val, where the data set has no val list of its own.", low=1)
-    test_per_class: int = setting(100, "Images a class held out of train for test, where the data set has no test list of its own.", low=1)
+    val_per_class: int = setting(
+        100, "Images a class held out of train for val, where the data set has no val list of its own.", low=1
+    )
+    test_per_class: int = setting(
+        100, "Images a class held out of train for test, where the data set has no test list of its own.", low=1
+    )
     unlabelled: int | None = setting(None, "Unlabelled images kept; null keeps the whole rest of train.", low=1)
-    captions: int = setting(0, "Images set aside, each with a caption, for pretraining a stand-in teacher; nothing else uses them.", low=0)
+    captions: int = setting(
+        0, "Images set aside, each with a caption, for pretraining a stand-in teacher; nothing else uses them.", low=0
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, where from, and what to do with bad ones (stages `fetch` and `prepare`)."""
 
-    name: str = setting("fashion_mnist", "Entry of the data catalogue (dho/catalogue/datasets.py).", choices=("fashion_mnist", "folder"))
+    name: str = setting(
+        "fashion_mnist", "Entry of the data catalogue (dho/catalogue/datasets.py).", choices=("fashion_mnist", "folder")
+    )
     source: str | None = setting(None, "Local path tried before any download; for `folder`, the folder of images.")
     class_names: list[str] | None = setting(
         None, "Class names in label order; null takes the catalogue's (for `folder`: the sub-folders, sorted)."
     )
-    templates: list[str] | None = setting(None, "Prompt templates with one {} for the class name; null takes the catalogue's.")
-    labels: str | None = setting(None, "`folder` only: a CSV of path,label (label empty: unlabelled) instead of one sub-folder a class.")
+    templates: list[str] | None = setting(
+        None, "Prompt templates with one {} for the class name; null takes the catalogue's."
+    )
+    labels: str | None = setting(
+        None, "`folder` only: a CSV of path,label (label empty: unlabelled) instead of one sub-folder a class."
+    )
     val: str | None = setting(None, "`folder` only: a CSV of path,label that makes the val split.")
     test: str | None = setting(None, "`folder` only: a CSV of path,label that makes the test split.")
     captions: str | None = setting(None, "`folder` only: a CSV of path,caption that makes the captions split.")
@@ -63,7 +82,9 @@ class DataConfig:
         "The same image in two splits: stop and name both, or drop the copy on the training side.",
         choices=("error", "drop"),
     )
-    max_rejected: float = setting(0.01, "Largest share of files that may be unreadable before `prepare` stops.", low=0, high=1)
+    max_rejected: float = setting(
+        0.01, "Largest share of files that may be unreadable before `prepare` stops.", low=0, high=1
+    )
     max_pixels: int = setting(
         50_000_000,
         "An image with more pixels than this is rejected before it is decoded (decompression bombs).",
@@ -79,10 +100,19 @@ class ViewsConfig:
     """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, horizontal flip)."""
 
     seed: int = setting(
-        0, "Seed of the views; with an image's sha256 and the view's number it fixes the crop and the flip.", low=0, high=LARGEST_SEED
+        0,
+        "Seed of the views; with an image's sha256 and the view's number it fixes the crop and the flip.",
+        low=0,
+        high=LARGEST_SEED,
     )
-    count: int = setting(4, "Views an image (V): epoch e trains on view e mod V, and the teacher store holds V embeddings an image.", low=1)
-    scale: list[float] = setting([0.5, 1.0], "Smallest and largest share of the image's area that a crop keeps.", above=0, high=1)
+    count: int = setting(
+        4,
+        "Views an image (V): epoch e trains on view e mod V, and the teacher store holds V embeddings an image.",
+        low=1,
+    )
+    scale: list[float] = setting(
+        [0.5, 1.0], "Smallest and largest share of the image's area that a crop keeps.", above=0, high=1
+    )
     flip: bool = setting(True, "Mirror half of the views left to right.")
 
 
@@ -90,19 +120,29 @@ class ViewsConfig:
 class TeacherConfig:
     """The vision-language teacher: any open_clip model (stage `teach`)."""
 
-    model: str = setting("local-dir:data/pretrained", "open_clip model: a name such as ViT-B-16, hf-hub:org/repo, or local-dir:folder.")
-    pretrained: str | None = setting(None, "open_clip pretrained tag or checkpoint file; null where the model's name brings its weights.")
+    model: str = setting(
+        "local-dir:data/pretrained", "open_clip model: a name such as ViT-B-16, hf-hub:org/repo, or local-dir:folder."
+    )
+    pretrained: str | None = setting(
+        None, "open_clip pretrained tag or checkpoint file; null where the model's name brings its weights."
+    )
     batch_size: int = setting(256, "Images a forward pass, on each rank.", low=1)
     precision: str = setting("fp32", "Arithmetic of the image tower.", choices=("fp32", "bf16"))
-    shard_images: int = setting(4096, "Images in one shard of the teacher store; an interrupted run loses at most one shard a rank.", low=1)
+    shard_images: int = setting(
+        4096, "Images in one shard of the teacher store; an interrupted run loses at most one shard a rank.", low=1
+    )
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """The stand-in teacher, trained on the captions split (stage `pretrain`). Set enabled: false for a real open_clip checkpoint."""
 
-    enabled: bool = setting(True, "Train a stand-in teacher on the captions split; false when teacher.model is a real one.")
-    architecture: str = setting("dho/teacher/dho-tiny.json", "open_clip config (model_cfg and preprocess_cfg) of the model to train.")
+    enabled: bool = setting(
+        True, "Train a stand-in teacher on the captions split; false when teacher.model is a real one."
+    )
+    architecture: str = setting(
+        "dho/teacher/dho-tiny.json", "open_clip config (model_cfg and preprocess_cfg) of the model to train."
+    )
     seed: int = setting(0, "Seed of weights, batches and caption noise.", low=0, high=LARGEST_SEED)
     epochs: int = setting(6, "Passes over the captions split.", low=1)
     batch_size: int = setting(256, "Image-caption pairs a step.", low=2)
@@ -125,8 +165,12 @@ class StudentConfig:
     model_args: dict[str, Any] = setting({}, "Further arguments of timm.create_model, e.g. {layers: [1, 1, 1, 1]}.")
     pretrained: bool = setting(False, "Start from timm's ImageNet weights (downloads them once).")
     input_size: int = setting(224, "Side of the square input, pixels.", low=8)
-    mean: list[float] = setting([0.485, 0.456, 0.406], "Channel means of the input normalisation, of values in 0-1.", low=0, high=1)
-    std: list[float] = setting([0.229, 0.224, 0.225], "Channel standard deviations of the input normalisation.", above=0)
+    mean: list[float] = setting(
+        [0.485, 0.456, 0.406], "Channel means of the input normalisation, of values in 0-1.", low=0, high=1
+    )
+    std: list[float] = setting(
+        [0.229, 0.224, 0.225], "Channel standard deviations of the input normalisation.", above=0
+    )
     interpolation: str = setting("bilinear", "Resampling of crops to the input size.", choices=("bilinear", "bicubic"))
 
 
@@ -137,11 +181,15 @@ METHODS = ("dho", "ce", "kd", "ce_kd")
 class TrainConfig:
     """The two-stream training of the student (Algorithm 1; Table 7 for recipes)."""
 
-    method: str = setting("dho", "dho: two heads; ce: labelled only; kd: teacher only; ce_kd: both losses on one head.", choices=METHODS)
+    method: str = setting(
+        "dho", "dho: two heads; ce: labelled only; kd: teacher only; ce_kd: both losses on one head.", choices=METHODS
+    )
     seed: int = setting(0, "Seed of weights and of both streams' order.", low=0, high=LARGEST_SEED)
     epochs: int = setting(5, "Passes over the unlabelled stream.", low=1)
     batch_labelled: int = setting(64, "Labelled images a step, over all ranks.", low=1)
-    batch_unlabelled: int = setting(64, "Unlabelled images a step at most, over all ranks; an epoch is cut into equal steps.", low=1)
+    batch_unlabelled: int = setting(
+        64, "Unlabelled images a step at most, over all ranks; an epoch is cut into equal steps.", low=1
+    )
     unlabelled_includes_labelled: bool = setting(
         True, "Draw the unlabelled batch from both splits (Alg. 1 line 7); false: as in the reference code."
     )
@@ -167,10 +215,15 @@ class EvaluateConfig:
     """alpha and beta, searched on val from stored head outputs (Eq. 8; stage `evaluate`)."""
 
     alphas: list[float] = setting(
-        [round(0.05 * i, 2) for i in range(21)], "Grid of alpha, the CE head's weight; 0 and 1 are the single heads.", low=0, high=1
+        [round(0.05 * i, 2) for i in range(21)],
+        "Grid of alpha, the CE head's weight; 0 and 1 are the single heads.",
+        low=0,
+        high=1,
     )
     betas: list[float] = setting(
-        [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0], "Grid of beta, the KD head's temperature; must hold 0.3 and 0.5.", above=0
+        [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0],
+        "Grid of beta, the KD head's temperature; must hold 0.3 and 0.5.",
+        above=0,
     )
     ece_bins: int = setting(15, "Bins of the expected calibration error.", low=2)
 
@@ -181,7 +234,9 @@ class TrackingConfig:
 
     uri: str = setting("sqlite:///mlflow.db", "MLflow tracking and registry address.")
     experiment: str = setting("dho", "MLflow experiment.")
-    system_metrics_every: float = setting(10.0, "Seconds between system metrics (CPU, memory, disk, network, GPU).", above=0)
+    system_metrics_every: float = setting(
+        10.0, "Seconds between system metrics (CPU, memory, disk, network, GPU).", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -191,13 +246,21 @@ class RulesConfig:
     min_top1: float | None = setting(None, "Smallest top-1 (share).", low=0, high=1)
     min_class_recall: float | None = setting(None, "Smallest recall of the worst class (share).", low=0, high=1)
     max_ece: float | None = setting(None, "Largest expected calibration error.", low=0, high=1)
-    max_latency_ms: float | None = setting(None, "Longest answer to one image, p99 on one thread, milliseconds.", above=0)
+    max_latency_ms: float | None = setting(
+        None, "Longest answer to one image, p99 on one thread, milliseconds.", above=0
+    )
     max_size_mb: float | None = setting(None, "Largest package, megabytes (10^6 bytes).", above=0)
     min_gain: float = setting(
-        0.0, "Smallest gain in top-1 over the champion (share); below 0 a candidate may be that much worse.", low=-1, high=1
+        0.0,
+        "Smallest gain in top-1 over the champion (share); below 0 a candidate may be that much worse.",
+        low=-1,
+        high=1,
     )
     max_class_drop: float = setting(
-        0.02, "Drop in a class's recall (share) that no class may exceed significantly, against the champion.", low=0, high=1
+        0.02,
+        "Drop in a class's recall (share) that no class may exceed significantly, against the champion.",
+        low=0,
+        high=1,
     )
     confidence: float = setting(0.95, "Confidence of the paired bootstrap intervals.", above=0, high=0.9999)
     resamples: int = setting(10_000, "Resamples of the paired bootstrap.", low=100)
@@ -208,16 +271,24 @@ class RulesConfig:
 class RegistryConfig:
     """The model registry (stage `register`, `dho promote`)."""
 
-    name: str = setting("dho-student", "Registered model that versions are added to; alias `candidate` moves to the newest.")
-    intended_use: str = setting("Classifying photos like those it was trained on into its classes.", "Sentence of the model card.")
+    name: str = setting(
+        "dho-student", "Registered model that versions are added to; alias `candidate` moves to the newest."
+    )
+    intended_use: str = setting(
+        "Classifying photos like those it was trained on into its classes.", "Sentence of the model card."
+    )
     data_licence: str | None = setting(None, "Licence of the data, for the model card; null takes the catalogue's.")
-    teacher_licence: str | None = setting(None, "Licence of the teacher's weights, for the model card; null says that it is not known.")
+    teacher_licence: str | None = setting(
+        None, "Licence of the teacher's weights, for the model card; null says that it is not known."
+    )
     precision: str = setting(
         "float32",
         "Arithmetic of the registered network; int8 is smaller and often faster, calibrated on val, and registered with its own accuracy.",
         choices=("float32", "int8"),
     )
-    promote: str = setting("manual", "`auto`: stage `register` also promotes, when the rules allow it.", choices=("manual", "auto"))
+    promote: str = setting(
+        "manual", "`auto`: stage `register` also promotes, when the rules allow it.", choices=("manual", "auto")
+    )
     rules: RulesConfig = field(default_factory=RulesConfig)
 
 
@@ -228,7 +299,9 @@ class KubernetesConfig:
     namespace: str = setting("dho", "Namespace of the job.")
     nodes: int = setting(2, "Pods, each on a node of its own where there are enough.", low=1)
     gpus: int | None = setting(None, "GPUs, and processes, a node; null trains on CPUs with one process a node.", low=1)
-    elastic: str | None = setting(None, "Fewest and most nodes with which training goes on, as in 1:4; null always needs all of them.")
+    elastic: str | None = setting(
+        None, "Fewest and most nodes with which training goes on, as in 1:4; null always needs all of them."
+    )
     queue: str | None = setting(None, "Kueue's LocalQueue that admits the job.")
     image: str | None = setting(None, "Image of the pods; null takes that of k8s/base.")
 
@@ -244,7 +317,9 @@ class LaunchConfig:
         "GPU, and 0 without one, where they would take the CPUs from the training.",
         low=0,
     )
-    processes: int | None = setting(None, "torchrun processes on this machine; null is one a GPU, or 1 without a GPU.", low=1)
+    processes: int | None = setting(
+        None, "torchrun processes on this machine; null is one a GPU, or 1 without a GPU.", low=1
+    )
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
 
@@ -326,7 +401,11 @@ def _check_together(config: Config, where: str) -> None:
 
     splits, views, student, evaluate = config.data.splits, config.views, config.student, config.evaluate
     if splits.shots is not None and splits.labelled_fraction is not None:
-        raise refuse("data.splits.labelled_fraction", splits.labelled_fraction, "null while data.splits.shots is set (choose one)")
+        raise refuse(
+            "data.splits.labelled_fraction",
+            splits.labelled_fraction,
+            "null while data.splits.shots is set (choose one)",
+        )
     if len(views.scale) != 2 or views.scale[0] > views.scale[1]:
         raise refuse("views.scale", views.scale, "two numbers, the smaller first")
     for key in ("mean", "std"):
@@ -336,7 +415,10 @@ def _check_together(config: Config, where: str) -> None:
         grid = getattr(evaluate, key)
         if not set(must) <= set(grid):
             raise refuse(f"evaluate.{key}", grid, f"a list that holds {must[0]:g} and {must[1]:g}")
-    for key, templates in (("data.templates", config.data.templates), ("pretrain.caption_templates", config.pretrain.caption_templates)):
+    for key, templates in (
+        ("data.templates", config.data.templates),
+        ("pretrain.caption_templates", config.pretrain.caption_templates),
+    ):
         if templates == []:
             raise refuse(key, templates, "one template or more")
         for template in templates or []:

@@ -95,7 +95,9 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
     if origin is dict and not all(isinstance(name, str) for name in value):
         raise refuse("a mapping with text as keys (put numbers in quotes)")
     if origin is dict and arguments[1] is not Any:
-        return {name: _checked(f"{key}.{name}", element, arguments[1], limits, where) for name, element in value.items()}
+        return {
+            name: _checked(f"{key}.{name}", element, arguments[1], limits, where) for name, element in value.items()
+        }
     if limits["choices"] is not None and value not in limits["choices"]:
         raise refuse(_describe(hint, limits))
     if isinstance(value, float) and not math.isfinite(value):
@@ -112,6 +114,12 @@ def _describe(hint: Any, limits: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    words = " or ".join(names.get(option) or ("a list" if typing.get_origin(option) is list else "a mapping") for option in options)
-    bounds = [f"{sign} {limits[key]}" for key, sign in (("above", ">"), ("low", ">="), ("high", "<=")) if limits[key] is not None]
+    words = " or ".join(
+        names.get(option) or ("a list" if typing.get_origin(option) is list else "a mapping") for option in options
+    )
+    bounds = [
+        f"{sign} {limits[key]}"
+        for key, sign in (("above", ">"), ("low", ">="), ("high", "<="))
+        if limits[key] is not None
+    ]
     return " ".join([words, *([" and ".join(bounds)] if bounds else [])])

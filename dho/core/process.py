@@ -74,11 +74,6 @@ def loading_processes(asked: int | None, device: torch.device) -> int:
     return max(1, min(MOST_LOADING_PROCESSES, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def part(count: int, index: int, parts: int) -> range:
-    """Part `index` of `count` things divided into `parts` neighbouring ranges that differ in size by at most one and leave nothing out."""
-    return range(count * index // parts, count * (index + 1) // parts)
-
-
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():

@@ -55,7 +55,9 @@ def progress_lines(show: bool = True) -> Callable[[int, int, float, float], None
     return line
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None, unit: int = 1, show: bool = True) -> Iterator[T]:
+def progress(
+    items: Iterable[T], description: str, total: int | None = None, unit: int = 1, show: bool = True
+) -> Iterator[T]:
     """Pass items on while a bar counts them, each for `unit`; `total` is in items and read off `items` when it has a length."""
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     with bar(show) as shown:

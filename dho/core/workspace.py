@@ -1,16 +1,109 @@
-"""Where the stages' files are, as `dvc.yaml` names them; relative to the folder that holds `params.yaml`."""
+"""The folders of the workflow, in one place: every stage reads and writes through a `Workspace`.
+
+workspace = Workspace("projects/shoes")
+workspace.prepared                           # Path("projects/shoes/data/prepared")
+workspace.cell("ce_kd-16-0").trained         # a place of its own for one run of a comparison
+workspace.at(teacher="/volumes/teacher")     # the same workspace with one folder elsewhere
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-RAW = Path("data/raw")
-PREPARED = Path("data/prepared")
-PRETRAINED = Path("data/pretrained")
-STORE = Path("data/teacher")
-TRAINED = Path("outputs/train")
-EVALUATED = Path("outputs/evaluate")
-REGISTERED = Path("outputs/register.json")
-CHECKPOINTS = Path("checkpoints")
-"""Not an output: checkpoints, metrics that MLflow has not got yet, and in a cluster what the pods of a job share."""
-UNSENT = CHECKPOINTS / "unsent"
+FOLDERS = {
+    "raw": "data/raw",
+    "prepared": "data/prepared",
+    "pretrained": "data/pretrained",
+    "teacher": "data/teacher",
+    "trained": "outputs/train",
+    "evaluated": "outputs/evaluate",
+    "registered": "outputs/register.json",
+    "checkpoints": "checkpoints",
+}
+"""Attribute of a workspace -> path relative to its root, as `dvc.yaml` names it."""
+
+
+class Workspace:
+    """A project's folder and what the stages keep in it.
+
+    Args:
+        root: the folder that holds `params.yaml`.
+        elsewhere: folders that are not at their usual place under the root, by the names in `FOLDERS`.
+
+    Attributes:
+        raw: raw files, written by `fetch`.
+        prepared: tar shards and the index, written by `prepare`.
+        pretrained: the stand-in teacher, written by `pretrain`.
+        teacher: the teacher store, written by `teach`.
+        trained: student, head outputs and history, written by `train`.
+        evaluated: metrics and plots, written by `evaluate`.
+        registered: the file that says which model version was registered, written by `register`.
+        checkpoints: not an output: checkpoints, unsent metrics and, on a cluster, what the pods of a job share.
+
+    Raises:
+        TypeError: `elsewhere` names a folder that is not in `FOLDERS`.
+    """
+
+    raw: Path
+    prepared: Path
+    pretrained: Path
+    teacher: Path
+    trained: Path
+    evaluated: Path
+    registered: Path
+    checkpoints: Path
+
+    def __init__(self, root: Path | str = ".", **elsewhere: Path | str) -> None:
+        if unknown := sorted(set(elsewhere) - set(FOLDERS)):
+            raise TypeError(f"a workspace has no folder {unknown[0]!r}; its folders are {', '.join(FOLDERS)}")
+        self.root = Path(root)
+        self._elsewhere = elsewhere
+        for name, path in FOLDERS.items():
+            setattr(self, name, Path(elsewhere[name]) if name in elsewhere else self.root / path)
+
+    @property
+    def params(self) -> Path:
+        """The parameter file."""
+        return self.root / "params.yaml"
+
+    @property
+    def student(self) -> Path:
+        """The trained student's folder."""
+        return self.trained / "student"
+
+    @property
+    def head_outputs(self) -> Path:
+        """The folder of the student's logits on val and test."""
+        return self.trained / "head_outputs"
+
+    @property
+    def history(self) -> Path:
+        """One CSV row per epoch of the training."""
+        return self.trained / "history.csv"
+
+    @property
+    def metrics(self) -> Path:
+        """What `evaluate` measured."""
+        return self.evaluated / "metrics.json"
+
+    @property
+    def plots(self) -> Path:
+        """What `evaluate` drew."""
+        return self.evaluated / "plots"
+
+    @property
+    def unsent(self) -> Path:
+        """Metrics that MLflow does not have yet."""
+        return self.checkpoints / "unsent"
+
+    def at(self, **elsewhere: Path | str) -> Workspace:
+        """The same workspace with some folders elsewhere; raises `TypeError` as the constructor does."""
+        return Workspace(self.root, **{**self._elsewhere, **elsewhere})
+
+    def cell(self, name: str) -> Workspace:
+        """A cell of a comparison: it shares data and teacher and has its own `trained`, `evaluated` and `registered`."""
+        folder = self.root / "outputs" / "cells" / name
+        return self.at(trained=folder / "train", evaluated=folder / "evaluate", registered=folder / "register.json")
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.root)!r})"

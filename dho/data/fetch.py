@@ -22,9 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dho.catalogue.datasets import Entry, entry
-from dho.config import DataConfig
+from dho.config import Config
 from dho.core.errors import DataError
 from dho.core.files import write_atomically
+from dho.core.workspace import Workspace
 from dho.data import sources as records
 
 STALL_S = 15.0
@@ -33,33 +34,34 @@ LEAST_BYTES = 1 << 14
 """About a kilobyte a second: a server that sends a byte now and then has stalled, too."""
 
 
-def fetch(config: DataConfig, out: Path) -> None:
-    """Put the raw files of `config.name` into `out`; files that are already there and right are kept.
+def fetch(config: Config, workspace: Workspace) -> None:
+    """Put the raw files of the data set into `workspace.raw`; files that are already there and right are kept.
 
     Raises:
         DataError: no way worked (says what to put where), or a `folder` source cannot be read.
     """
+    data, out = config.data, workspace.raw
     out.mkdir(parents=True, exist_ok=True)
-    catalogue_entry = entry(config)
+    catalogue_entry = entry(data)
     if not catalogue_entry.files:
-        records.write_listing(config, out)
+        records.write_listing(data, out)
         return
     missing = {name: sha for name, sha in catalogue_entry.files.items() if not _right(out / name, sha)}
     if not missing:
         return
     failures = []
-    for way, attempt in _ways(catalogue_entry, config.source):
+    for way, attempt in _ways(catalogue_entry, data.source):
         try:
             attempt(out, missing)
         except Exception as error:  # whatever goes wrong on one way, the next one is tried and the reason is told
             failures.append(f"{way}: {error}")
             print(f"fetch: {way} did not work ({error}); trying the next way", file=sys.stderr)
             continue
-        print(f"fetch: {len(missing)} files of {config.name} from {way}")
+        print(f"fetch: {len(missing)} files of {data.name} from {way}")
         return
     raise DataError(
-        f"{config.name} could not be fetched ({'; '.join(failures)}). Put {', '.join(f'{name}.gz' for name in catalogue_entry.files)} "
-        f"into {config.source or 'a folder'} and {'run again' if config.source else 'set data.source to it'}"
+        f"{data.name} could not be fetched ({'; '.join(failures)}). Put {', '.join(f'{name}.gz' for name in catalogue_entry.files)} "
+        f"into {data.source or 'a folder'} and {'run again' if data.source else 'set data.source to it'}"
     )
 
 
@@ -68,12 +70,19 @@ Attempt = Callable[[Path, dict[str, str]], None]
 
 def _ways(catalogue_entry: Entry, source: str | None) -> list[tuple[str, Attempt]]:
     ways: list[tuple[str, Attempt]] = []
-    if source is not None and any(Path(source, f"{name}{end}").exists() for name in catalogue_entry.files for end in ("", ".gz")):
+    if source is not None and any(
+        Path(source, f"{name}{end}").exists() for name in catalogue_entry.files for end in ("", ".gz")
+    ):
         ways.append((f"data.source {source}", lambda out, files: _copy(Path(source), out, files)))
     if catalogue_entry.home:
         ways.append((catalogue_entry.home, lambda out, files: download(catalogue_entry.home, out, files, STALL_S)))
     if catalogue_entry.debian_package:
-        ways.append((f"Debian's package {catalogue_entry.debian_package}", lambda out, files: _debian(catalogue_entry, out, files)))
+        ways.append(
+            (
+                f"Debian's package {catalogue_entry.debian_package}",
+                lambda out, files: _debian(catalogue_entry, out, files),
+            )
+        )
     return ways
 
 
@@ -129,7 +138,9 @@ def _get(address: str, stall_s: float) -> bytes:
     while not done.is_set():
         moved.clear()
         if not done.is_set() and not moved.wait(stall_s):
-            raise TimeoutError(f"{address} stalled: {sum(map(len, parts))} bytes came, next to none in the last {stall_s:g} s")
+            raise TimeoutError(
+                f"{address} stalled: {sum(map(len, parts))} bytes came, next to none in the last {stall_s:g} s"
+            )
     if problems:
         raise problems[0]
     return b"".join(parts)
@@ -140,7 +151,11 @@ def _debian(catalogue_entry: Entry, out: Path, files: dict[str, str]) -> None:
         raise FileNotFoundError("this machine has no apt-get")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        patience = [f"Acquire::http::Timeout={STALL_S:.0f}", f"Acquire::https::Timeout={STALL_S:.0f}", "Acquire::Retries=0"]
+        patience = [
+            f"Acquire::http::Timeout={STALL_S:.0f}",
+            f"Acquire::https::Timeout={STALL_S:.0f}",
+            "Acquire::Retries=0",
+        ]
         apt = ["apt-get", "-q", *(word for option in patience for word in ("-o", option))]
         try:
             _run([*apt, "download", catalogue_entry.debian_package], folder)

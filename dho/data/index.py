@@ -60,7 +60,9 @@ class Index:
         self.fingerprint: str = card["fingerprint"]
         self.labels: npt.NDArray[np.int64] = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         self.splits: npt.NDArray[np.str_] = np.asarray(table["split"].to_pylist())
-        self.captions: list[str | None] = table["caption"].to_pylist() if table["caption"].null_count < len(table) else [None] * len(table)
+        self.captions: list[str | None] = (
+            table["caption"].to_pylist() if table["caption"].null_count < len(table) else [None] * len(table)
+        )
         self.keys: npt.NDArray[np.str_] = np.asarray(table["key"].to_pylist())
         shards = table["shard"].combine_chunks().dictionary_encode()
         self._shard_names: list[str] = shards.dictionary.to_pylist()
@@ -98,9 +100,13 @@ class Index:
                 file = self._files[shard] = os.open(self.folder / self._shard_names[shard], os.O_RDONLY)
             data = os.pread(file, int(self._sizes[row]), int(self._offsets[row]))
         except OSError as error:
-            raise DataError(f"{self.folder / self._shard_names[shard]}: {error.strerror}; run the prepare stage") from error
+            raise DataError(
+                f"{self.folder / self._shard_names[shard]}: {error.strerror}; run the prepare stage"
+            ) from error
         if len(data) != self._sizes[row]:
-            raise DataError(f"{self.folder / self._shard_names[shard]} is too short for the index; run the prepare stage")
+            raise DataError(
+                f"{self.folder / self._shard_names[shard]} is too short for the index; run the prepare stage"
+            )
         return data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +116,8 @@ class Index:
 def fingerprint(table: pa.Table) -> str:
     """SHA-256 (hex) over key, image digest, label and split of every row of an index."""
     digest = hashlib.sha256()
-    for key, sha256, label, split in zip(*(table[name].to_pylist() for name in ("key", "sha256", "label", "split")), strict=True):
+    for key, sha256, label, split in zip(
+        *(table[name].to_pylist() for name in ("key", "sha256", "label", "split")), strict=True
+    ):
         digest.update(f"{key} {sha256.hex()} {label} {split}\n".encode())
     return digest.hexdigest()

@@ -48,7 +48,10 @@ class Pixels:
     _images: dict[int, Image.Image] = field(default_factory=dict, repr=False)
 
     def batch(
-        self, rows: Sequence[int] | np.ndarray[Any, Any], view: int | Sequence[int] | np.ndarray[Any, Any] | None, keep: bool = False
+        self,
+        rows: Sequence[int] | np.ndarray[Any, Any],
+        view: int | Sequence[int] | np.ndarray[Any, Any] | None,
+        keep: bool = False,
     ) -> Tensor:
         """uint8 [n, size, size, 3]: of each row the view with its number (one for all, or one each), or the centre view for None.
 
@@ -115,7 +118,9 @@ class _Batches(Dataset[Any]):
         return self.make(number)
 
 
-def loader(make: Callable[[int], Any], first: int, count: int, workers: int, pin_memory: bool = False) -> DataLoader[Any]:
+def loader(
+    make: Callable[[int], Any], first: int, count: int, workers: int, pin_memory: bool = False
+) -> DataLoader[Any]:
     """Iterate over `make(first), ..., make(count - 1)`, in order, made ahead of time by `workers` processes.
 
     `make` must be picklable and a function of its argument alone, so the result does not depend on the number of workers.

@@ -26,10 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dho.catalogue import datasets as catalogue
-from dho.config import DataConfig
+from dho.config import Config, DataConfig
 from dho.core.errors import DataError
 from dho.core.files import sync
 from dho.core.progress import progress
+from dho.core.workspace import Workspace
 from dho.data.index import CARD, INDEX, SCHEMA, Index, fingerprint
 from dho.data.sources import Source, open_source
 from dho.data.splits import SPLITS, Draw, draw
@@ -50,26 +51,29 @@ class Inspected:
     """Why it cannot be used; None when it can."""
 
 
-def prepare(config: DataConfig, raw: Path, out: Path) -> Index:
-    """Write the prepared data set of `raw` to `out` and return it.
+def prepare(config: Config, workspace: Workspace) -> Index:
+    """Write the prepared data set of `workspace.raw` to `workspace.prepared` and return it.
 
     Raises:
         DataError: too many unusable files, a split cannot be drawn, or two splits share an image.
     """
-    source = open_source(config, raw)
-    inspected = _inspect_all(source, config.max_pixels)
+    data, out = config.data, workspace.prepared
+    source = open_source(data, workspace.raw)
+    inspected = _inspect_all(source, data.max_pixels)
     rejected = {number: found for number, found in enumerate(inspected) if found.reason is not None}
-    _refuse_too_many(source, rejected, config.max_rejected)
+    _refuse_too_many(source, rejected, data.max_rejected)
     usable = {number: found.sha256 for number, found in enumerate(inspected) if found.reason is None}
-    drawn = draw(source.records, usable, source.class_names, config.splits, config.on_leak)
+    drawn = draw(source.records, usable, source.class_names, data.splits, data.on_leak)
 
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    table = pa.Table.from_pylist(list(_write_shards(source, inspected, drawn, unfinished, config.shard_images)), schema=SCHEMA)
+    table = pa.Table.from_pylist(
+        list(_write_shards(source, inspected, drawn, unfinished, data.shard_images)), schema=SCHEMA
+    )
     pq.write_table(table, unfinished / INDEX)
     _write_rejected(source, rejected, unfinished / REJECTED)
-    card = _card(config, source, table, drawn, len(rejected))
+    card = _card(data, source, table, drawn, len(rejected))
     (unfinished / CARD).write_text(json.dumps(card, indent=2) + "\n")
     for path in unfinished.iterdir():
         sync(path)
@@ -94,7 +98,11 @@ def _inspect_all(source: Source, max_pixels: int) -> list[Inspected]:
         _share(source, max_pixels)
         return [found for chunk in progress(chunks, "prepare: checking", unit=256) for found in _inspect(chunk)]
     with ProcessPoolExecutor(workers, initializer=_share, initargs=(source, max_pixels)) as pool:
-        return [found for part in progress(pool.map(_inspect, chunks), "prepare: checking", len(chunks), unit=256) for found in part]
+        return [
+            found
+            for part in progress(pool.map(_inspect, chunks), "prepare: checking", len(chunks), unit=256)
+            for found in part
+        ]
 
 
 # What every worker process of the check needs; sent once and not with each chunk.
@@ -124,7 +132,13 @@ def inspect(source: Source, number: int, max_pixels: int) -> Inspected:
 
 def _extension(data: bytes) -> str:
     """The usual file ending of an image format, by its first bytes: WebDataset's readers choose a decoder by it."""
-    for start, extension in ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"RIFF", "webp")):
+    for start, extension in (
+        (b"\x89PNG", "png"),
+        (b"\xff\xd8", "jpg"),
+        (b"GIF8", "gif"),
+        (b"BM", "bmp"),
+        (b"RIFF", "webp"),
+    ):
         if data.startswith(start):
             return extension
     return "tif"
@@ -140,7 +154,9 @@ def _refuse_too_many(source: Source, rejected: dict[int, Inspected], limit: floa
         )
 
 
-def _write_shards(source: Source, inspected: list[Inspected], drawn: Draw, folder: Path, shard_images: int) -> Iterator[dict[str, Any]]:
+def _write_shards(
+    source: Source, inspected: list[Inspected], drawn: Draw, folder: Path, shard_images: int
+) -> Iterator[dict[str, Any]]:
     """Write the shards of every split and yield the index's rows, in the order of the splits and then of the source."""
     order = sorted(drawn.split, key=lambda number: (SPLITS.index(drawn.split[number]), number))
     place: Counter[str] = Counter()

@@ -90,7 +90,9 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
     def take_balanced(split: str, sizes: list[int], key: str) -> None:
         for (label, candidates), each in zip(by_class().items(), sizes, strict=True):
             if (taken := take(split, candidates, each)) < each:
-                raise DataError(f"class {classes[label]!r} has {taken} labelled images left for {split}; {key} asks for {each}")
+                raise DataError(
+                    f"class {classes[label]!r} has {taken} labelled images left for {split}; {key} asks for {each}"
+                )
 
     for split in ("test", "val"):
         take(split, pools[split], None)
@@ -102,12 +104,17 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
     else:
         fraction = config.labelled_fraction
         for label, candidates in by_class().items():
-            if take("labelled", candidates, None if fraction is None else max(1, round(fraction * len(candidates)))) == 0:
+            if (
+                take("labelled", candidates, None if fraction is None else max(1, round(fraction * len(candidates))))
+                == 0
+            ):
                 raise DataError(
                     f"class {classes[label]!r} has no labelled image left for training; give it more, or lower data.splits.val_per_class"
                 )
     take("captions", pools["captions"], None)
-    take_balanced("captions", share(config.captions), f"data.splits.captions {config.captions}, shared equally by the classes,")
+    take_balanced(
+        "captions", share(config.captions), f"data.splits.captions {config.captions}, shared equally by the classes,"
+    )
     if config.unlabelled is not None and all(records[number].label is not None for number in free):
         for candidates, size in zip(by_class().values(), share(config.unlabelled), strict=True):
             take("unlabelled", candidates, size)

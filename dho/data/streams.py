@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dho.config import Config
 from dho.core.errors import ConfigError
-from dho.core.process import Process, loading_processes, part
+from dho.core.partition import partition
+from dho.core.process import Process, loading_processes
 from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
 from dho.teacher.store import TeacherStore
@@ -66,7 +67,7 @@ class StreamPlan:
     def unlabelled_at(self, step: int) -> tuple[Rows, Rows]:
         """Rows and views of the unlabelled batch of a step: int64 [n] each. Epoch e uses view e mod V."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = part(len(self.unlabelled), place, self.steps_per_epoch)
+        chosen = partition(len(self.unlabelled), place, self.steps_per_epoch)
         rows = self.unlabelled[_order(self.seed, 1, epoch, len(self.unlabelled))[chosen.start : chosen.stop]]
         return rows, np.full(len(rows), epoch % self.views)
 
@@ -74,7 +75,9 @@ class StreamPlan:
         """Rows and views of the labelled batch of a step: int64 [batch_labelled] each. Pass p of the cycle uses view p mod V."""
         positions = np.arange(step * self.batch_labelled, (step + 1) * self.batch_labelled)
         passes, places = np.divmod(positions, len(self.labelled))
-        rows = np.concatenate([self.labelled[_order(self.seed, 0, p, len(self.labelled))[places[passes == p]]] for p in np.unique(passes)])
+        rows = np.concatenate(
+            [self.labelled[_order(self.seed, 0, p, len(self.labelled))[places[passes == p]]] for p in np.unique(passes)]
+        )
         return rows, passes % self.views
 
 
@@ -111,7 +114,12 @@ class Streams:
     """
 
     def __init__(
-        self, index: Index, store: TeacherStore, config: Config, process: Process, uses: tuple[str, ...] = ("labelled", "unlabelled")
+        self,
+        index: Index,
+        store: TeacherStore,
+        config: Config,
+        process: Process,
+        uses: tuple[str, ...] = ("labelled", "unlabelled"),
     ) -> None:
         self.plan = plan(index, config)
         self.process = process
@@ -127,7 +135,10 @@ class Streams:
             process.rank,
             process.world_size,
         )
-        smallest = {"labelled": self.plan.batch_labelled, "unlabelled": len(self.plan.unlabelled) // self.plan.steps_per_epoch}
+        smallest = {
+            "labelled": self.plan.batch_labelled,
+            "unlabelled": len(self.plan.unlabelled) // self.plan.steps_per_epoch,
+        }
         for name in uses:
             shares = process.world_size * config.train.accumulate
             if smallest[name] < shares:
@@ -151,20 +162,30 @@ class Streams:
         place = step % self.plan.steps_per_epoch
         return {
             "labelled": self.plan.batch_labelled,
-            "unlabelled": len(part(len(self.plan.unlabelled), place, self.plan.steps_per_epoch)),
+            "unlabelled": len(partition(len(self.plan.unlabelled), place, self.plan.steps_per_epoch)),
         }
 
 
 def _load(
-    plan: StreamPlan, pixels: Pixels, store: TeacherStore, labels: Rows, uses: tuple[str, ...], rank: int, world_size: int, step: int
+    plan: StreamPlan,
+    pixels: Pixels,
+    store: TeacherStore,
+    labels: Rows,
+    uses: tuple[str, ...],
+    rank: int,
+    world_size: int,
+    step: int,
 ) -> tuple[Tensor, Layout]:
     batch: Batch = {}
     for name in uses:
         rows, views = plan.labelled_at(step) if name == "labelled" else plan.unlabelled_at(step)
-        mine = part(len(rows), rank, world_size)
+        mine = partition(len(rows), rank, world_size)
         rows, views = rows[mine.start : mine.stop], views[mine.start : mine.stop]
         keep = name == "labelled" and len(plan.labelled) * plan.views * pixels.size**2 * 3 <= KEEP_BYTES
-        entries: dict[str, Any] = {"pixels": pixels.batch(rows, views, keep), "embedding": torch.from_numpy(store.embeddings(rows, views))}
+        entries: dict[str, Any] = {
+            "pixels": pixels.batch(rows, views, keep),
+            "embedding": torch.from_numpy(store.embeddings(rows, views)),
+        }
         if name == "labelled":
             entries["label"] = torch.from_numpy(labels[rows])
         batch[name] = entries

@@ -35,8 +35,12 @@ def random_view(config: ViewsConfig, sha256: bytes, view: int, width: int, heigh
     low, high = config.scale
     seed = config.seed.to_bytes(8, "little")
     for attempt in range(ATTEMPTS):
-        digest = hashlib.blake2b(sha256, digest_size=40, key=seed, salt=view.to_bytes(8, "little") + attempt.to_bytes(8, "little")).digest()
-        area_u, ratio_u, left_u, top_u, sides_u = (int.from_bytes(digest[i : i + 8], "little") >> 11 for i in range(0, 40, 8))
+        digest = hashlib.blake2b(
+            sha256, digest_size=40, key=seed, salt=view.to_bytes(8, "little") + attempt.to_bytes(8, "little")
+        ).digest()
+        area_u, ratio_u, left_u, top_u, sides_u = (
+            int.from_bytes(digest[i : i + 8], "little") >> 11 for i in range(0, 40, 8)
+        )
         area = width * height * (low + (high - low) * _unit(area_u))
         ratio = 1 + (LARGEST_RATIO - 1) * _unit(ratio_u)
         if sides_u & 1:

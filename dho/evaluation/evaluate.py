@@ -17,6 +17,7 @@ import numpy as np
 
 from dho.config import Config
 from dho.core.files import write_atomically
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.evaluation import plots
 from dho.evaluation.head_outputs import HeadOutputs
@@ -26,26 +27,23 @@ from dho.student.model import load_student
 from dho.teacher.store import TeacherStore
 from dho.tracking.run import Tracker
 
-METRICS = "metrics.json"
 
-
-def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, out: Path, spool: Path) -> dict[str, Any]:
-    """Write `metrics.json` and `plots/` to `out`, record them in the run that trained the student, and return the metrics.
+def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
+    """Write `metrics.json` and `plots/` to `workspace.evaluated`, record them in the run that trained the student, and return the metrics.
 
     Args:
         config: the grid and the bins.
-        prepared, store_folder, trained: what stages `prepare`, `teach` and `train` wrote.
-        spool: folder of metrics that MLflow has not got yet.
+        workspace: `prepared`, `teacher` and `trained` are read, `evaluated` is written.
 
     Raises:
         DataError: there is no trained student.
         StoreMismatch: the store is not of this data.
         TrackingError: MLflow cannot be reached.
     """
-    _, card = load_student(trained / "student")
-    index = Index.load(prepared)
-    store = TeacherStore.open(store_folder, index, config)
-    outputs = {split: HeadOutputs.load(trained / "head_outputs" / f"{split}.npz") for split in ("val", "test")}
+    _, card = load_student(workspace.student)
+    index = Index.load(workspace.prepared)
+    store = TeacherStore.open(workspace.teacher, index, config)
+    outputs = {split: HeadOutputs.load(workspace.head_outputs / f"{split}.npz") for split in ("val", "test")}
     best, surface = search(outputs["val"], config.evaluate)
     bins = config.evaluate.ece_bins
 
@@ -61,21 +59,25 @@ def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, 
                 reliabilities[source] = reliability(probabilities, heads.labels, bins)
                 if source == "combined":
                     guesses, counts = probabilities.argmax(1), confusion(probabilities, heads.labels)
-    write_atomically(out / METRICS, json.dumps(metrics, indent=2) + "\n")
+    write_atomically(workspace.metrics, json.dumps(metrics, indent=2) + "\n")
 
     names = card.class_names
     _write_csv(
-        out / "plots" / "confusion.csv", [{"actual": names[t], "predicted": names[g]} for t, g in zip(heads.labels, guesses, strict=True)]
+        workspace.plots / "confusion.csv",
+        [{"actual": names[t], "predicted": names[g]} for t, g in zip(heads.labels, guesses, strict=True)],
     )
-    _write_csv(out / "plots" / "reliability.csv", [{"source": s, **point} for s, points in reliabilities.items() for point in points])
-    _write_csv(out / "plots" / "surface.csv", [asdict(point) for point in surface])
-    plots.surface(out / "plots" / "surface.png", surface, best)
-    plots.confusion(out / "plots" / "confusion.png", counts, names)
-    plots.reliability(out / "plots" / "reliability.png", reliabilities)
-    with (trained / "history.csv").open(newline="") as file:
-        plots.curves(out / "plots" / "curves.png", list(csv.DictReader(file)))
+    _write_csv(
+        workspace.plots / "reliability.csv",
+        [{"source": s, **point} for s, points in reliabilities.items() for point in points],
+    )
+    _write_csv(workspace.plots / "surface.csv", [asdict(point) for point in surface])
+    plots.surface(workspace.plots / "surface.png", surface, best)
+    plots.confusion(workspace.plots / "confusion.png", counts, names)
+    plots.reliability(workspace.plots / "reliability.png", reliabilities)
+    with workspace.history.open(newline="") as file:
+        plots.curves(workspace.plots / "curves.png", list(csv.DictReader(file)))
 
-    with Tracker.open(config.tracking, spool, run_id=card.run_id) as tracker:
+    with Tracker.open(config.tracking, workspace.unsent, run_id=card.run_id) as tracker:
         flat = {
             # val/* are the curves of training, at a fixed alpha and beta.
             f"{'val_tuned' if split == 'val' else split}/{source}/{metric}": value
@@ -85,8 +87,8 @@ def evaluate(config: Config, prepared: Path, store_folder: Path, trained: Path, 
             if isinstance(value, float) and np.isfinite(value)
         }
         tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=card.steps)
-        tracker.log_artifacts(out, "evaluate")
-        tracker.log_artifacts(trained / "history.csv", "train")
+        tracker.log_artifacts(workspace.evaluated, "evaluate")
+        tracker.log_artifacts(workspace.history, "train")
     return metrics
 
 

@@ -17,7 +17,8 @@ import torch
 from dho.config import ViewsConfig
 from dho.core.errors import DataError
 from dho.core.files import replacing
-from dho.core.process import Process, gather_rows, part
+from dho.core.partition import partition
+from dho.core.process import Process, gather_rows
 from dho.data.index import Index
 from dho.data.pixels import Pixels, loader
 from dho.student.model import Student
@@ -50,7 +51,13 @@ class HeadOutputs:
 
 @torch.inference_mode()
 def head_outputs(
-    student: Student, index: Index, rows: npt.NDArray[np.int64], process: Process, batch_size: int, workers: int, channels_last: bool = True
+    student: Student,
+    index: Index,
+    rows: npt.NDArray[np.int64],
+    process: Process,
+    batch_size: int,
+    workers: int,
+    channels_last: bool = True,
 ) -> HeadOutputs | None:
     """Run the student over the centre view of rows of the index, in full precision; every rank must call, rank 0 gets the result.
 
@@ -64,11 +71,13 @@ def head_outputs(
     """
     was_training = student.training
     student.eval()
-    mine = part(len(rows), process.rank, process.world_size)
+    mine = partition(len(rows), process.rank, process.world_size)
     batches = [rows[start : min(start + batch_size, mine.stop)] for start in range(mine.start, mine.stop, batch_size)]
     pixels = Pixels(index, ViewsConfig(), student.config.input_size, student.config.interpolation)
     made: dict[str, list[torch.Tensor]] = {head: [torch.empty(0, student.classes)] for head in student.heads}
-    for batch in loader(functools.partial(_centre, pixels, batches), 0, len(batches), workers if len(batches) > 1 else 0):
+    for batch in loader(
+        functools.partial(_centre, pixels, batches), 0, len(batches), workers if len(batches) > 1 else 0
+    ):
         images = student.normalise(batch.to(process.device))
         outputs = student(images if channels_last else images.contiguous())
         for head in student.heads:

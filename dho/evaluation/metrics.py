@@ -47,7 +47,10 @@ def _nll(probabilities: Probabilities, labels: Labels) -> float:
 def per_class(probabilities: Probabilities, labels: Labels, class_names: list[str]) -> dict[str, float | None]:
     """Accuracy on the images of each class; None for a class that has none."""
     right = probabilities.argmax(1) == labels
-    return {name: float(right[labels == number].mean()) if (labels == number).any() else None for number, name in enumerate(class_names)}
+    return {
+        name: float(right[labels == number].mean()) if (labels == number).any() else None
+        for number, name in enumerate(class_names)
+    }
 
 
 def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.int64]:
@@ -55,7 +58,9 @@ def confusion(probabilities: Probabilities, labels: Labels) -> npt.NDArray[np.in
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     guesses = torch.from_numpy(probabilities.argmax(1))
-    counts: npt.NDArray[np.int64] = multiclass_confusion_matrix(guesses, torch.from_numpy(labels), probabilities.shape[1]).numpy()
+    counts: npt.NDArray[np.int64] = multiclass_confusion_matrix(
+        guesses, torch.from_numpy(labels), probabilities.shape[1]
+    ).numpy()
     return counts
 
 
@@ -64,7 +69,11 @@ def reliability(probabilities: Probabilities, labels: Labels, bins: int) -> list
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return [
-        {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean()), "share": float(inside.mean())}
+        {
+            "confidence": float(confidence[inside].mean()),
+            "accuracy": float(right[inside].mean()),
+            "share": float(inside.mean()),
+        }
         for inside in (number == b for b in range(bins))
         if inside.any()
     ]
@@ -97,5 +106,8 @@ def quick(outputs: HeadOutputs, prefix: str = "val") -> dict[str, float]:
     """`<prefix>/<source>/top1` and `/nll` with the default alpha and beta, while alpha and beta are not tuned yet."""
     alpha = only_alpha(outputs)
     found = sources(outputs, DEFAULT_ALPHA if alpha is None else alpha, DEFAULT_BETA)
-    values = {name: {"top1": _top1(given, outputs.labels), "nll": _nll(given, outputs.labels)} for name, given in found.items()}
+    values = {
+        name: {"top1": _top1(given, outputs.labels), "nll": _nll(given, outputs.labels)}
+        for name, given in found.items()
+    }
     return {f"{prefix}/{name}/{metric}": value for name, metrics in values.items() for metric, value in metrics.items()}

@@ -38,7 +38,9 @@ def surface(path: Path, points: list[Point], best: Point) -> None:
     with _figure(path, width=7) as axes:
         image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis")
         axes.plot(alphas.index(best.alpha), betas.index(best.beta), "r*", markersize=14)
-        axes.set_xticks(range(0, len(alphas), max(1, len(alphas) // 10)), [f"{a:g}" for a in alphas[:: max(1, len(alphas) // 10)]])
+        axes.set_xticks(
+            range(0, len(alphas), max(1, len(alphas) // 10)), [f"{a:g}" for a in alphas[:: max(1, len(alphas) // 10)]]
+        )
         axes.set_yticks(range(len(betas)), [f"{b:g}" for b in betas])
         axes.set(xlabel="alpha (weight of the CE head)", ylabel="beta (temperature of the KD head)")
         axes.set_title(f"combined, val: {100 * best.top1:.1f} % at alpha {best.alpha:g}, beta {best.beta:g}")
@@ -58,7 +60,15 @@ def confusion(path: Path, counts: npt.NDArray[np.int64], class_names: list[str])
             for row, column in np.ndindex(shares.shape):
                 if shares[row, column] >= 0.005:
                     color = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color)
+                    axes.text(
+                        column,
+                        row,
+                        f"{100 * shares[row, column]:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color=color,
+                    )
         axes.set(xlabel="predicted", ylabel="true", title="combined, test, % of the true class")
         axes.figure.colorbar(image, shrink=0.8)
 
@@ -68,7 +78,13 @@ def reliability(path: Path, bins: dict[str, list[dict[str, float]]]) -> None:
     with _figure(path) as axes:
         axes.plot([0, 1], [0, 1], "k--", linewidth=0.8)
         for source, points in bins.items():
-            axes.plot([point["confidence"] for point in points], [point["accuracy"] for point in points], "o-", label=source, markersize=3)
+            axes.plot(
+                [point["confidence"] for point in points],
+                [point["accuracy"] for point in points],
+                "o-",
+                label=source,
+                markersize=3,
+            )
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="reliability, test")
         axes.legend()
 
@@ -79,6 +95,11 @@ def curves(path: Path, history: list[dict[str, str]]) -> None:
         for column in history[0]:
             if column.endswith("_top1"):
                 name = column.removeprefix("val_").removesuffix("_top1")
-                axes.plot([int(row["epoch"]) for row in history], [100 * float(row[column]) for row in history], "o-", label=name)
+                axes.plot(
+                    [int(row["epoch"]) for row in history],
+                    [100 * float(row[column]) for row in history],
+                    "o-",
+                    label=name,
+                )
         axes.set(xlabel="epoch", ylabel="top-1, %", title="val, while training (alpha and beta not tuned yet)")
         axes.legend()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dho.core.errors import DataError
+from dho.core.workspace import Workspace
 from dho.runtime.dho_runtime import ImageRejected, centre_box, decode, render
 from dho.student.model import load_student
 
@@ -16,23 +17,23 @@ Answer = list[tuple[str, float]]
 
 
 def predict(
-    student_folder: Path, metrics_file: Path, images: list[Path], alpha: float | None = None, beta: float | None = None
+    workspace: Workspace, images: list[Path], alpha: float | None = None, beta: float | None = None
 ) -> Iterator[tuple[Path, Answer | str]]:
     """For each file its (label, probability) pairs, most likely first, or the reason why it cannot be read.
 
     Args:
-        student_folder, metrics_file: what stages `train` and `evaluate` wrote.
+        workspace: what stages `train` and `evaluate` wrote.
         images: files.
         alpha, beta: Eq. 8; None takes what `evaluate` chose on val.
 
     Raises:
         DataError: there is no trained, evaluated student.
     """
-    student, card = load_student(student_folder)
+    student, card = load_student(workspace.student)
     try:
-        tuned = json.loads(metrics_file.read_text())
+        tuned = json.loads(workspace.metrics.read_text())
     except OSError as error:
-        raise DataError(f"{metrics_file}: {error.strerror}; run the evaluate stage") from error
+        raise DataError(f"{workspace.metrics}: {error.strerror}; run the evaluate stage") from error
     alpha, beta = tuned["alpha"] if alpha is None else alpha, tuned["beta"] if beta is None else beta
     for path in images:
         try:
@@ -43,7 +44,9 @@ def predict(
         except ImageRejected as reason:
             yield path, str(reason)
             continue
-        pixels = render(image, centre_box(image.width, image.height), student.config.input_size, student.config.interpolation)
+        pixels = render(
+            image, centre_box(image.width, image.height), student.config.input_size, student.config.interpolation
+        )
         probabilities = student.predict(student.normalise(torch.tensor(pixels)[None]), alpha, beta)[0]
         order = probabilities.argsort(descending=True).tolist()
         yield path, [(card.class_names[number], float(probabilities[number])) for number in order]

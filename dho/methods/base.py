@@ -89,7 +89,10 @@ class DistillationTask(nn.Module, abc.ABC):
 
     def ce(self, logits: dict[str, Tensor], batch: Batch, counts: dict[str, float]) -> Tensor:
         """L_CE: cross-entropy with the labels."""
-        return functional.cross_entropy(logits["labelled"], batch["labelled"]["label"], reduction="sum") / counts["labelled"]
+        return (
+            functional.cross_entropy(logits["labelled"], batch["labelled"]["label"], reduction="sum")
+            / counts["labelled"]
+        )
 
     def kd(self, stream: str, logits: dict[str, Tensor], batch: Batch, counts: dict[str, float]) -> Tensor:
         """One stream's part of L_KD: eta^2 * KL(softmax(teacher / eta) || softmax(logits / eta))."""
@@ -143,11 +146,18 @@ class TeacherOnly(DistillationTask):
         return {"loss": kd, "kd_unlabelled": kd}
 
 
-METHODS: dict[str, type[DistillationTask]] = {"dho": DualHead, "ce": LabelledOnly, "kd": TeacherOnly, "ce_kd": SingleHead}
+METHODS: dict[str, type[DistillationTask]] = {
+    "dho": DualHead,
+    "ce": LabelledOnly,
+    "kd": TeacherOnly,
+    "ce_kd": SingleHead,
+}
 """Value of `train.method` -> its class."""
 
 
-def create_task(train: TrainConfig, student: StudentConfig, text_weights: Tensor, logit_scale: float) -> DistillationTask:
+def create_task(
+    train: TrainConfig, student: StudentConfig, text_weights: Tensor, logit_scale: float
+) -> DistillationTask:
     """The task of `train.method`, with a new student whose weights follow from `train.seed`."""
     method = METHODS[train.method]
     torch.manual_seed(train.seed)

@@ -140,20 +140,28 @@ def open_package(folder: Path | str, threads: int = 0) -> Iterator[Any]:
 
 def measure_test(package: Any, test: TestSet, ece_bins: int = 15) -> Evidence:
     """Every test image through the package; raises `DataError` when the package knows other classes than the test set has."""
-    from dho.evaluation.metrics import measure  # it brings torch, which nobody needs who only reads or judges what was measured
+    from dho.evaluation.metrics import (
+        measure,
+    )  # it brings torch, which nobody needs who only reads or judges what was measured
 
     names = test.index.class_names
     numbers = {name: number for number, name in enumerate(names)}
     known = package.metadata.metadata["class_names"]
     if known != names:
-        raise DataError(f"the package's classes ({', '.join(known)}) are not those of the test set ({', '.join(names)})")
+        raise DataError(
+            f"the package's classes ({', '.join(known)}) are not those of the test set ({', '.join(names)})"
+        )
     probabilities = np.zeros((len(test.rows), len(names)))
     for start in range(0, len(test.rows), BATCH):
         images = [test.index.read(int(row)) for row in test.rows[start : start + BATCH]]
         answers = package.predict(pd.DataFrame({"image": images}), params={"top_k": len(names)})
-        for i, (labels, values) in enumerate(zip(answers["top_labels"], answers["top_probabilities"], strict=True), start):
+        for i, (labels, values) in enumerate(
+            zip(answers["top_labels"], answers["top_probabilities"], strict=True), start
+        ):
             probabilities[i, [numbers[label] for label in labels]] = values
-    return Evidence(test.fingerprint, names, test.labels, probabilities.argmax(1), measure(probabilities, test.labels, ece_bins))
+    return Evidence(
+        test.fingerprint, names, test.labels, probabilities.argmax(1), measure(probabilities, test.labels, ece_bins)
+    )
 
 
 def measure_speed(folder: Path, images: list[bytes]) -> dict[str, float]:
@@ -180,7 +188,9 @@ def measure_speed(folder: Path, images: list[bytes]) -> dict[str, float]:
                     package.predict(tables[len(taken) % len(tables)])
                     taken.append(1000 * (time.perf_counter() - start_s))
                 for quantile in (50, 99):
-                    found[f"batch{batch}/threads{threads}/p{quantile}"] = round(float(np.percentile(taken, quantile)), 3)
+                    found[f"batch{batch}/threads{threads}/p{quantile}"] = round(
+                        float(np.percentile(taken, quantile)), 3
+                    )
     return found
 
 

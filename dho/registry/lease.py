@@ -67,11 +67,15 @@ class Claim:
     def still_valid(self) -> None:
         """Raise `ClaimHeld` when the claim has run out, or is about to."""
         if time.time() > self.until - SKEW_S:
-            raise ClaimHeld(f"{self.name}: the claim to {self.action} ran out before it was done (the server is slow); run it again")
+            raise ClaimHeld(
+                f"{self.name}: the claim to {self.action} ran out before it was done (the server is slow); run it again"
+            )
 
 
 @contextlib.contextmanager
-def claim(client: MlflowClient, name: str, action: str, by: str, recover: Callable[[dict[str, Any]], None]) -> Iterator[Claim]:
+def claim(
+    client: MlflowClient, name: str, action: str, by: str, recover: Callable[[dict[str, Any]], None]
+) -> Iterator[Claim]:
     """Hold the registered model, having waited for others. Afterwards the claim goes; where something begun has failed, it runs out.
 
     Args:
@@ -101,7 +105,10 @@ def claim(client: MlflowClient, name: str, action: str, by: str, recover: Callab
         if time.time() > deadline:
             raise ClaimHeld(f"{name}: {first['by']} is at work there ({first['action']}); try again in a minute")
         if not said:
-            print(f"{name}: waiting for {first['by']} ({first['action']}), at most {LEASE_S + SKEW_S:.0f} s", file=sys.stderr)
+            print(
+                f"{name}: waiting for {first['by']} ({first['action']}), at most {LEASE_S + SKEW_S:.0f} s",
+                file=sys.stderr,
+            )
             said = True
         time.sleep(PAUSE_S)
     for token in sorted(dead, key=lambda token: float(dead[token]["until"])):
@@ -118,7 +125,9 @@ def claim(client: MlflowClient, name: str, action: str, by: str, recover: Callab
     client.delete_registered_model_tag(name, PREFIX + mine.token)
 
 
-def _others(client: MlflowClient, name: str, mine: Claim) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _others(
+    client: MlflowClient, name: str, mine: Claim
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Claims of others by token: those that hold, and those that ran out."""
     tags = client.get_registered_model(name).tags
     claims = {key.removeprefix(PREFIX): json.loads(value) for key, value in tags.items() if key.startswith(PREFIX)}

@@ -66,7 +66,13 @@ def gather(card: StudentCard, run: Run, alpha: float, beta: float, sources: Sour
         sources: None where only the student is at hand; `dvc.lock` and the teacher's weights are then left out.
     """
     params, tags = run.data.params, run.data.tags
-    facts = {"method": card.method, "heads": ",".join(card.heads), "alpha": f"{alpha:g}", "beta": f"{beta:g}", "steps": str(card.steps)}
+    facts = {
+        "method": card.method,
+        "heads": ",".join(card.heads),
+        "alpha": f"{alpha:g}",
+        "beta": f"{beta:g}",
+        "steps": str(card.steps),
+    }
     for new, old in (("git.commit", "mlflow.source.git.commit"), ("git.dirty", "git.dirty"), ("hardware", "hardware")):
         if old in tags:
             facts[new] = tags[old]
@@ -74,7 +80,9 @@ def gather(card: StudentCard, run: Run, alpha: float, beta: float, sources: Sour
     facts |= {f"fingerprint.{name}": value for name, value in card.fingerprints.items()}
     facts |= {key: params[key] for key in (*SEEDS, *RECIPE, *TEACHER) if key in params}
     if sources is not None:
-        from dho.teacher.store import read_meta  # it brings torch, which nobody needs who only reads what made a version
+        from dho.teacher.store import (
+            read_meta,
+        )  # it brings torch, which nobody needs who only reads what made a version
 
         meta = read_meta(sources.store)
         if meta is not None and "weights_sha256" in meta["teacher"]:
@@ -93,7 +101,10 @@ def _revisions(lock: Path) -> dict[str, str]:
 
 def write_lineage(folder: Path, facts: dict[str, str], run: Run, sources: Sources | None) -> None:
     """Write `lineage.json` (facts and every parameter of the training) and copies of the files that `dvc repro` needs to `folder`."""
-    write_atomically(folder / "lineage.json", json.dumps({"facts": facts, "params": run.data.params}, indent=2, sort_keys=True) + "\n")
+    write_atomically(
+        folder / "lineage.json",
+        json.dumps({"facts": facts, "params": run.data.params}, indent=2, sort_keys=True) + "\n",
+    )
     for name in KEPT if sources is not None else ():
         if (file := sources.root / name).is_file():  # type: ignore[union-attr]
             shutil.copyfile(file, folder / name)
@@ -112,13 +123,20 @@ def resolve(config: TrackingConfig, uri: str) -> tuple[Any, Any]:
     name, alias, number = match.groups()
     client = connect(config)
     with one_line(tracking_uri(config), f"has no {uri}", "dho registry lists what there is"):
-        return client, client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        return client, client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(
+            name, number
+        )
 
 
 def lineage(config: TrackingConfig, uri: str) -> tuple[dict[str, str], list[str]]:
     """What made a version, and the commands that make it again; raises as `resolve`."""
     _, version = resolve(config, uri)
-    facts = {"model": version.name, "version": str(version.version), "run_id": version.run_id or "", **dict(sorted(version.tags.items()))}
+    facts = {
+        "model": version.name,
+        "version": str(version.version),
+        "run_id": version.run_id or "",
+        **dict(sorted(version.tags.items())),
+    }
     return facts, commands(version.name, str(version.version), version.tags)
 
 

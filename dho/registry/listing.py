@@ -32,7 +32,17 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
             versions += page
             token = page.token or ""
         story = history(client, name)
-    columns = ["version", "aliases", "method", "precision", *(key.removeprefix("test/") for key in METRICS), "p99 ms", "MB", "made", "run"]
+    columns = [
+        "version",
+        "aliases",
+        "method",
+        "precision",
+        *(key.removeprefix("test/") for key in METRICS),
+        "p99 ms",
+        "MB",
+        "made",
+        "run",
+    ]
     rows = []
     for version in sorted(versions, key=lambda version: -int(version.version)):
         tags = version.tags
@@ -52,7 +62,9 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
 
 
 def _sentence(entry: dict[str, Any]) -> str:
-    what = f"{entry['at']} {entry['by']}: {entry['action']}, {entry['alias']} {entry['from'] or 'nobody'} -> {entry['to']}"
+    what = (
+        f"{entry['at']} {entry['by']}: {entry['action']}, {entry['alias']} {entry['from'] or 'nobody'} -> {entry['to']}"
+    )
     evidence = entry.get("evidence")
     if evidence:
         what += f", top-1 {evidence['top1']:.4f}"

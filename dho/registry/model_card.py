@@ -49,7 +49,9 @@ def write_card(folder: Path, subject: Subject, plots: Path | None) -> str:
             shutil.copyfile(plots / name, folder / name)
             pictures.append(f"![{title}]({name})")
     short = _sections(subject, full=False)
-    write_atomically(folder / "model_card.md", "\n\n".join([_sections(subject, full=True), "## Plots", *pictures]) + "\n")
+    write_atomically(
+        folder / "model_card.md", "\n\n".join([_sections(subject, full=True), "## Plots", *pictures]) + "\n"
+    )
     note = "\n\nThe whole card with its plots is artifact `artifacts/model_card/model_card.md` of this version."
     return short[: DESCRIPTION_LENGTH - len(note)] + note
 
@@ -120,7 +122,9 @@ def _classes(subject: Subject, full: bool) -> str:
     if subject.evidence is None:
         return ""
     recalls = sorted(subject.evidence.recalls.items(), key=lambda item: item[1])
-    worst = "\n".join(f"- {name}: {100 * value:.1f} %, {_taken_for(subject.evidence, name)}" for name, value in recalls[:WORST])
+    worst = "\n".join(
+        f"- {name}: {100 * value:.1f} %, {_taken_for(subject.evidence, name)}" for name, value in recalls[:WORST]
+    )
     text = f"## Worst classes (share of a class's images that is recognised)\n\n{worst}"
     if full:
         rows = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in recalls)
@@ -143,7 +147,14 @@ def _speed(subject: Subject) -> str:
         return ""
     settings = ((batch, threads) for batch in (1, 32) for threads in (1, 2))
     rows = [
-        " | ".join([f"| {batch}", str(threads), *(f"{speed[f'batch{batch}/threads{threads}/{q}']:.1f} ms" for q in ("p50", "p99"))]) + " |"
+        " | ".join(
+            [
+                f"| {batch}",
+                str(threads),
+                *(f"{speed[f'batch{batch}/threads{threads}/{q}']:.1f} ms" for q in ("p50", "p99")),
+            ]
+        )
+        + " |"
         for batch, threads in settings
     ]
     return (

@@ -67,7 +67,9 @@ def export_onnx(student: Student, path: Path) -> None:
         )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"student.model is {student.config.model!r}, which cannot be exported to ONNX: {reason}") from error
+        raise ConfigError(
+            f"student.model is {student.config.model!r}, which cannot be exported to ONNX: {reason}"
+        ) from error
     proto = program.model_proto
     _strip(proto)
     with replacing(path) as temporary:

@@ -41,7 +41,9 @@ def seen_by(student: dict[str, Any], index: Index, rows: Rows) -> Iterator[tuple
         index: of the prepared data.
         rows: of the index, int64 [images].
     """
-    pixels = Pixels(index, ViewsConfig(), student["input_size"], student["interpolation"])  # of which only the centre view is asked
+    pixels = Pixels(
+        index, ViewsConfig(), student["input_size"], student["interpolation"]
+    )  # of which only the centre view is asked
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         yield dho_runtime.normalise(pixels.batch(part, None).numpy(), student["mean"], student["std"]), part
@@ -97,6 +99,8 @@ def quantise_onnx(source: Path, target: Path, batches: Iterator[npt.NDArray[np.f
             raise
         except Exception as error:  # it raises anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ConfigError(f"registry.precision is 'int8', and ONNX Runtime cannot quantise this network: {reason}") from error
+            raise ConfigError(
+                f"registry.precision is 'int8', and ONNX Runtime cannot quantise this network: {reason}"
+            ) from error
         finally:
             root.setLevel(level)

@@ -61,7 +61,11 @@ class Parts:
     @property
     def metadata(self) -> dict[str, Any]:
         """What a loaded model says of itself (`model.metadata.metadata`)."""
-        return {"class_names": self.content["class_names"], "heads": self.content["heads"], "method": self.origin["method"]}
+        return {
+            "class_names": self.content["class_names"],
+            "heads": self.content["heads"],
+            "method": self.origin["method"],
+        }
 
 
 def requirements() -> list[str]:
@@ -110,17 +114,27 @@ def package_digest(content: dict[str, Any]) -> str:
     return digest({"content": content, "code": code, "requirements": requirements()})
 
 
-def expected_answer(student: Student, example: bytes, max_pixels: int, alpha: float, beta: float) -> np.ndarray[Any, Any]:
+def expected_answer(
+    student: Student, example: bytes, max_pixels: int, alpha: float, beta: float
+) -> np.ndarray[Any, Any]:
     """What torch answers to the example, float32 [classes]; raises `DataError` when the example is not an image."""
     images = _seen(student, example, max_pixels)
     answer: np.ndarray[Any, Any] = student.predict(torch.from_numpy(images), alpha, beta)[0].numpy()
     return answer
 
 
-def quantised_answer(network: Path, student: Student, example: bytes, max_pixels: int, alpha: float, beta: float) -> np.ndarray[Any, Any]:
+def quantised_answer(
+    network: Path, student: Student, example: bytes, max_pixels: int, alpha: float, beta: float
+) -> np.ndarray[Any, Any]:
     """What an int8 file answers to the example, as `expected_answer`: torch's answer differs by what 8 bits lose."""
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
-    logits = dict(zip(student.heads, session.run(list(student.heads), {"images": _seen(student, example, max_pixels)}), strict=True))
+    logits = dict(
+        zip(
+            student.heads,
+            session.run(list(student.heads), {"images": _seen(student, example, max_pixels)}),
+            strict=True,
+        )
+    )
     answer: np.ndarray[Any, Any] = dho_runtime.mix(logits.get("ce"), logits.get("kd"), alpha, beta)[0]
     return answer
 
@@ -140,7 +154,9 @@ def check_answer(package: Any, example: bytes, expected: np.ndarray[Any, Any]) -
     """Raise `DhoError` unless the package, loaded as downstream loads it, gives the expected probability for the example."""
     served = float(package.predict(pd.DataFrame({"image": [example]}))["probability"].iloc[0])
     if not abs(served - float(expected.max())) < 1e-3:
-        raise DhoError(f"the package gives its example probability {served:.4f}, its network {expected.max():.4f}; not registered")
+        raise DhoError(
+            f"the package gives its example probability {served:.4f}, its network {expected.max():.4f}; not registered"
+        )
 
 
 def draw_example() -> bytes:

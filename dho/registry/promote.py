@@ -52,7 +52,9 @@ class Decision:
     @property
     def reasons(self) -> list[str]:
         """The rules that refuse."""
-        return [f"{check.rule}: {check.value} (allowed: {check.limit})" for check in self.checks if check.passed is False]
+        return [
+            f"{check.rule}: {check.value} (allowed: {check.limit})" for check in self.checks if check.passed is False
+        ]
 
 
 def promote(config: Config, prepared: Path, source: str = CANDIDATE, target: str = CHAMPION) -> Decision:
@@ -97,7 +99,9 @@ def promote(config: Config, prepared: Path, source: str = CANDIDATE, target: str
                     f"{name}: version {now or 'none'} became {target} while version {candidate.version} was compared with "
                     f"{decision.champion or 'none'}{_by(client, name)}; nothing was changed, run it again to compare with the new one"
                 )
-            entry = _entry("promote", target, decision.champion, decision.version, candidate.run_id) | {"evidence": evidence}
+            entry = _entry("promote", target, decision.champion, decision.version, candidate.run_id) | {
+                "evidence": evidence
+            }
             _move(mine, entry, decision.champion)
     decision.promoted = True
     return decision
@@ -169,7 +173,9 @@ def recover(client: MlflowClient, name: str, intent: dict[str, Any]) -> None:
         _record(client, name, intent)
 
 
-def _compare(config: Config, client: MlflowClient, test: TestSet, candidate: Any, champion: Any) -> tuple[list[Check], dict[str, Any]]:
+def _compare(
+    config: Config, client: MlflowClient, test: TestSet, candidate: Any, champion: Any
+) -> tuple[list[Check], dict[str, Any]]:
     """The table of rules, and what of it goes into the tags."""
     rules, bins = config.registry.rules, config.evaluate.ece_bins
     with tempfile.TemporaryDirectory() as temporary:
@@ -179,14 +185,21 @@ def _compare(config: Config, client: MlflowClient, test: TestSet, candidate: Any
         same = measured_on in (None, test.fingerprint)
         checks.append(
             Check(
-                "measured on this test set", (measured_on or "not measured yet, so measured now")[:34], f"= {test.fingerprint[:16]}", same
+                "measured on this test set",
+                (measured_on or "not measured yet, so measured now")[:34],
+                f"= {test.fingerprint[:16]}",
+                same,
             )
         )
         if any(check.passed is False for check in checks):
             return checks, {}
         facts = _facts(folder / "candidate", test, bins)
         checks += floors(rules, facts)
-        evidence: dict[str, Any] = {"test": test.fingerprint, "images": len(test.rows), "top1": facts.evidence.metrics["top1"]}
+        evidence: dict[str, Any] = {
+            "test": test.fingerprint,
+            "images": len(test.rows),
+            "top1": facts.evidence.metrics["top1"],
+        }
         if champion is None:
             checks.append(Check("gain over the champion", "there is no champion yet", "-", None))
             return checks, evidence
@@ -196,7 +209,11 @@ def _compare(config: Config, client: MlflowClient, test: TestSet, candidate: Any
             return checks + [check for check in renamed if check.passed is False], {}
         other = _facts(folder / "champion", test, bins)
     compared = against(rules, facts.evidence, other.evidence)
-    evidence |= {"champion_top1": other.evidence.metrics["top1"], "interval": compared[1].value, "classes": compared[2].value}
+    evidence |= {
+        "champion_top1": other.evidence.metrics["top1"],
+        "interval": compared[1].value,
+        "classes": compared[2].value,
+    }
     return checks + compared, evidence
 
 
@@ -215,7 +232,12 @@ def _intact(client: MlflowClient, version: Any, folder: Path) -> list[Check]:
         found = f"cannot be read ({' '.join(str(error).split())[:80]})"
     return [
         *checks,
-        Check("files as registered (SHA-256)", found[:16] if found == limit else f"{found[:16]}: changed", limit[:16], found == limit),
+        Check(
+            "files as registered (SHA-256)",
+            found[:16] if found == limit else f"{found[:16]}: changed",
+            limit[:16],
+            found == limit,
+        ),
     ]
 
 
@@ -226,7 +248,9 @@ def _facts(folder: Path, test: TestSet, ece_bins: int) -> Facts:
     measured = json.loads((evidence_folder / "measured.json").read_text())
     known = measured.get("test", {})
     if known.get("fingerprint") == test.fingerprint and measured["ece_bins"] == ece_bins:
-        evidence = Evidence.load(evidence_folder / "test.parquet", test.fingerprint, measured["class_names"], known["metrics"])
+        evidence = Evidence.load(
+            evidence_folder / "test.parquet", test.fingerprint, measured["class_names"], known["metrics"]
+        )
     else:
         with open_package(folder) as package:
             evidence = measure_test(package, test, ece_bins)

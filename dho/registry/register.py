@@ -30,7 +30,16 @@ from dho.config import Config
 from dho.core.errors import DataError, DhoError, TrackingError
 from dho.core.files import sha256_file, write_atomically
 from dho.data.index import CARD, Index
-from dho.registry.evidence import Evidence, TestSet, folder_bytes, folder_digest, measure_speed, measure_test, open_package, serving_imports
+from dho.registry.evidence import (
+    Evidence,
+    TestSet,
+    folder_bytes,
+    folder_digest,
+    measure_speed,
+    measure_test,
+    open_package,
+    serving_imports,
+)
 from dho.registry.lease import claim
 from dho.registry.lineage import Sources, gather, write_lineage
 from dho.registry.model_card import Subject, write_card
@@ -56,7 +65,12 @@ LARGEST_DIFFERENCE = 0.002
 
 
 def register(
-    config: Config, student_folder: Path, metrics_file: Path, out: Path, sources: Sources | None = None, example: bytes | None = None
+    config: Config,
+    student_folder: Path,
+    metrics_file: Path,
+    out: Path,
+    sources: Sources | None = None,
+    example: bytes | None = None,
 ) -> dict[str, Any]:
     """Log the student's package to its training run, make it a model version and point alias `candidate` at it.
 
@@ -91,8 +105,14 @@ def register(
         export_onnx(student, folder / "student.onnx")
         if config.registry.precision == "int8":
             if sources is None:
-                raise DataError("registry.precision is 'int8', which is calibrated on val images; give the prepared data")
-            quantise_onnx(folder / "student.onnx", folder / "student.onnx", calibration_batches(Index.load(sources.prepared), card.student))
+                raise DataError(
+                    "registry.precision is 'int8', which is calibrated on val images; give the prepared data"
+                )
+            quantise_onnx(
+                folder / "student.onnx",
+                folder / "student.onnx",
+                calibration_batches(Index.load(sources.prepared), card.student),
+            )
             expected = quantised_answer(folder / "student.onnx", student, example, config.data.max_pixels, alpha, beta)
         sha256 = sha256_file(folder / "student.onnx")
         content = package_content(config, card, alpha, beta) | {"onnx_sha256": sha256}
@@ -111,7 +131,9 @@ def register(
                 model_id = _log(client, run, card, parts, package_sha256)
                 tags = facts | _fetch_back(client, model_id, example, expected, folder / "fetched")
             numbers = _numbers(metrics) if config.registry.precision == "float32" else _measured(folder / "evidence")
-            tags |= {"package.sha256": package_sha256, "onnx.sha256": sha256} | {key: f"{value:.4f}" for key, value in numbers.items()}
+            tags |= {"package.sha256": package_sha256, "onnx.sha256": sha256} | {
+                key: f"{value:.4f}" for key, value in numbers.items()
+            }
             with one_line(uri, f"cannot add a version to {name}"):
                 _log_metrics(client, card, model_id, numbers)
                 version = _create_version(client, name, card, model_id, tags, description)
@@ -141,13 +163,17 @@ def _read_metrics(path: Path, card: StudentCard) -> tuple[float, float, dict[str
     if len(card.heads) == 1:
         only = 1.0 if card.heads == ["ce"] else 0.0
         if alpha not in (None, only):
-            raise DataError(f"{path}: alpha is {alpha!r}, but the student has only the {card.heads[0]} head (alpha {only:g})")
+            raise DataError(
+                f"{path}: alpha is {alpha!r}, but the student has only the {card.heads[0]} head (alpha {only:g})"
+            )
         alpha = only
         # Without a kd head, beta divides nothing.
         beta = 1.0 if beta is None and "kd" not in card.heads else beta
     for key, value, low, high in (("alpha", alpha, 0.0, 1.0), ("beta", beta, sys.float_info.min, sys.float_info.max)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise DataError(f"{path}: {key} is {value!r}; expected {'0 to 1' if key == 'alpha' else 'a number > 0'}, from evaluate")
+            raise DataError(
+                f"{path}: {key} is {value!r}; expected {'0 to 1' if key == 'alpha' else 'a number > 0'}, from evaluate"
+            )
     return float(alpha), float(beta), metrics
 
 
@@ -215,7 +241,14 @@ def _describe(
     write_atomically(folder / "evidence" / "measured.json", json.dumps(measured, indent=2) + "\n")
     write_lineage(folder / "lineage", facts, run, sources)
     subject = Subject(
-        config.registry, card, facts, metrics, evidence, dataset, measured["latency_ms"], (folder / "student.onnx").stat().st_size
+        config.registry,
+        card,
+        facts,
+        metrics,
+        evidence,
+        dataset,
+        measured["latency_ms"],
+        (folder / "student.onnx").stat().st_size,
     )
     description = write_card(folder / "model_card", subject, sources.plots if sources is not None else None)
     parts.artifacts.update({name: str(folder / name) for name in ("evidence", "lineage", "model_card")})
@@ -236,7 +269,9 @@ def _log(client: MlflowClient, run: Run, card: StudentCard, parts: Parts, packag
     # What an interrupted registration left: a package that is whole is taken, another one goes.
     found = client.search_logged_models([run.info.experiment_id], f"tags.`package.sha256` = '{package_sha256}'")
     for model in found:
-        if model.source_run_id == card.run_id and not client.search_model_versions(f"source_path = 'models:/{model.model_id}'"):
+        if model.source_run_id == card.run_id and not client.search_model_versions(
+            f"source_path = 'models:/{model.model_id}'"
+        ):
             if model.status == LoggedModelStatus.READY:
                 return str(model.model_id)
             client.delete_logged_model(model.model_id)
@@ -258,7 +293,9 @@ def _log(client: MlflowClient, run: Run, card: StudentCard, parts: Parts, packag
     return str(model.model_id)
 
 
-def _fetch_back(client: MlflowClient, model_id: str, example: bytes, expected: np.ndarray[Any, Any], folder: Path) -> dict[str, str]:
+def _fetch_back(
+    client: MlflowClient, model_id: str, example: bytes, expected: np.ndarray[Any, Any], folder: Path
+) -> dict[str, str]:
     """Download the package as downstream would, check that it answers, and give the tags that its content decides."""
     mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=str(folder), tracking_uri=client.tracking_uri)
     tags = {"artifact.sha256": folder_digest(folder), "artifact.bytes": str(folder_bytes(folder))}
@@ -282,9 +319,13 @@ def _log_metrics(client: MlflowClient, card: StudentCard, model_id: str, test: d
         client.log_batch(card.run_id, metrics=metrics)
 
 
-def _create_version(client: MlflowClient, name: str, card: StudentCard, model_id: str, tags: dict[str, str], description: str) -> Any:
+def _create_version(
+    client: MlflowClient, name: str, card: StudentCard, model_id: str, tags: dict[str, str], description: str
+) -> Any:
     """Add the version, with its tags in the same request (a version without `package.sha256` would be added again), and wait for it."""
-    with claim(client, name, f"register package {tags['package.sha256'][:12]}", who(), functools.partial(recover, client, name)):
+    with claim(
+        client, name, f"register package {tags['package.sha256'][:12]}", who(), functools.partial(recover, client, name)
+    ):
         found = _find(client, name, tags["package.sha256"])  # by a second registration of the same package, meanwhile
         if found is not None:
             client.delete_logged_model(model_id)
@@ -294,7 +335,9 @@ def _create_version(client: MlflowClient, name: str, card: StudentCard, model_id
         )
     version = client.get_model_version(name, version.version)
     if version.status != "READY":
-        raise TrackingError(f"version {version.version} of {name} is {version.status}, not READY; alias {ALIAS} is left where it was")
+        raise TrackingError(
+            f"version {version.version} of {name} is {version.status}, not READY; alias {ALIAS} is left where it was"
+        )
     return version
 
 

@@ -46,7 +46,14 @@ def floors(rules: RulesConfig, facts: Facts) -> list[Check]:
     worst = min(facts.evidence.recalls, key=lambda name: facts.evidence.recalls[name])
     recall, megabytes = facts.evidence.recalls[worst], facts.bytes / 1e6
     return [
-        _limit("top-1", _percent(top1), ">=", rules.min_top1, None if rules.min_top1 is None else top1 >= rules.min_top1, _percent),
+        _limit(
+            "top-1",
+            _percent(top1),
+            ">=",
+            rules.min_top1,
+            None if rules.min_top1 is None else top1 >= rules.min_top1,
+            _percent,
+        ),
         _limit(
             "recall of the worst class",
             f"{_percent(recall)} ({worst})",
@@ -92,7 +99,9 @@ def against(rules: RulesConfig, candidate: Evidence, champion: Evidence) -> list
     floor = min(rules.min_gain, 0.0)
     between = f"{_points(low)} to {_points(high)}"
     checks = [
-        Check("gain in top-1 over the champion", _points(gain), f">= {_points(rules.min_gain)}", gain >= rules.min_gain),
+        Check(
+            "gain in top-1 over the champion", _points(gain), f">= {_points(rules.min_gain)}", gain >= rules.min_gain
+        ),
         Check(
             f"its {100 * rules.confidence:g} % interval (paired bootstrap)",
             f"{between}; {int(better.sum())} better, {int(worse.sum())} worse",

@@ -46,7 +46,9 @@ class StudentModel(PythonModel):
         self.card: dict[str, Any] = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ.get("DHO_THREADS", "0"))
-        self.session = onnxruntime.InferenceSession(context.artifacts["student"], options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            context.artifacts["student"], options, providers=["CPUExecutionProvider"]
+        )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
         """Classify encoded images.
@@ -77,7 +79,9 @@ class StudentModel(PythonModel):
             model_input = pd.DataFrame({"image": pd.Series(model_input["image"].iloc[0], dtype=object)})
         images = list(model_input["image"])
         if len(images) > LARGEST_CALL:
-            raise MlflowException.invalid_parameter_value(f"{len(images)} images in one call; send at most {LARGEST_CALL} at a time")
+            raise MlflowException.invalid_parameter_value(
+                f"{len(images)} images in one call; send at most {LARGEST_CALL} at a time"
+            )
         rows: list[dict[str, Any]] = []
         for start in range(0, len(images), settings["batch_size"]):
             rows += self._answer(images[start : start + settings["batch_size"]], start, settings)
@@ -146,7 +150,11 @@ class StudentModel(PythonModel):
 
     def _pixels(self, value: Any) -> npt.NDArray[np.uint8]:
         """One cell of the column `image` -> uint8 [size, size, 3]; raises `ImageRejected`."""
-        image = _from_array(value) if isinstance(value, np.ndarray) else dho_runtime.decode(_encoded(value), self.card["max_pixels"])
+        image = (
+            _from_array(value)
+            if isinstance(value, np.ndarray)
+            else dho_runtime.decode(_encoded(value), self.card["max_pixels"])
+        )
         box = dho_runtime.centre_box(*image.size)
         return dho_runtime.render(image, box, self.card["input_size"], self.card["interpolation"])  # type: ignore[no-any-return]
 
@@ -181,7 +189,11 @@ def _encoded(value: Any) -> bytes:
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     """An upright RGB image from pixels."""
-    if array.dtype != np.uint8 or array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if (
+        array.dtype != np.uint8
+        or array.size == 0
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    ):
         raise dho_runtime.ImageRejected(
             f"array {array.dtype} {list(array.shape)}; expected uint8 [height, width] or [height, width, 3 or 4]"
         )

@@ -46,9 +46,13 @@ class Student(nn.Module):
     def __init__(self, config: StudentConfig, classes: int, heads: tuple[str, ...] = HEADS) -> None:
         super().__init__()
         try:
-            self.backbone = timm.create_model(config.model, pretrained=config.pretrained, num_classes=0, **config.model_args)
+            self.backbone = timm.create_model(
+                config.model, pretrained=config.pretrained, num_classes=0, **config.model_args
+            )
         except (RuntimeError, TypeError) as error:
-            raise ConfigError(f"student.model is {config.model!r} with student.model_args {config.model_args}: {error}") from error
+            raise ConfigError(
+                f"student.model is {config.model!r} with student.model_args {config.model_args}: {error}"
+            ) from error
         # Some timm models widen their features before the classifier; num_features is what z has otherwise.
         width: Any = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.config = config
@@ -75,7 +79,9 @@ class Student(nn.Module):
         """uint8 [n, size, size, 3] on any device -> float32 [n, 3, size, size], channels-last in memory."""
         count, height, width, channels = pixels.shape
         # By rows and not by pixels: arithmetic that repeats every 3 values is three times as slow on a CPU.
-        rows = pixels.reshape(count, height, width * channels).to(torch.float32) / self.scale.repeat(width) - self.shift.repeat(width)
+        rows = pixels.reshape(count, height, width * channels).to(torch.float32) / self.scale.repeat(
+            width
+        ) - self.shift.repeat(width)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
@@ -107,7 +113,9 @@ class StudentCard:
 def save_student(folder: Path, student: Student, card: StudentCard) -> None:
     """Write the two files of a student; the card comes last, so a folder with a card is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", {name: value.detach().cpu() for name, value in student.state_dict().items()})
+    write_tensors(
+        folder / "model.safetensors", {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    )
     write_atomically(folder / "student.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
 
 

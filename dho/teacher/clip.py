@@ -94,7 +94,12 @@ class Teacher:
             "pretrained": self.config.pretrained,
             "weights_sha256": self.weights_sha256,
             "precision": self.config.precision,
-            "preprocessing": {"input_size": self.input_size, "mean": self.mean, "std": self.std, "interpolation": self.interpolation},
+            "preprocessing": {
+                "input_size": self.input_size,
+                "mean": self.mean,
+                "std": self.std,
+                "interpolation": self.interpolation,
+            },
         }
 
 

@@ -29,29 +29,32 @@ from dho.core.optim import learning_rate_share
 from dho.core.process import loading_processes
 from dho.core.progress import bar
 from dho.core.tensors import write_tensors
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.data.pixels import KEEP_BYTES, Pixels, loader
 
 WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 
 
-def pretrain(config: Config, prepared: Path, out: Path) -> None:
-    """Train the stand-in teacher and write it to `out`; with `pretrain.enabled: false` only say so there.
+def pretrain(config: Config, workspace: Workspace) -> None:
+    """Train the stand-in teacher and write it to `workspace.pretrained`; with `pretrain.enabled: false` only say so there.
 
     Raises:
         DataError: there are no captions, or no such class as `pretrain.confusions` names.
         ConfigError: the architecture file is not an open_clip config.
     """
+    out = workspace.pretrained
     out.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, ARCHITECTURE):
         (out / name).unlink(missing_ok=True)
     if not config.pretrain.enabled:
         write_atomically(
-            out / "README", f"pretrain.enabled is false: the teacher is {config.teacher.model} {config.teacher.pretrained or ''}\n"
+            out / "README",
+            f"pretrain.enabled is false: the teacher is {config.teacher.model} {config.teacher.pretrained or ''}\n",
         )
         print("pretrain: switched off, nothing to do")
         return
-    index = Index.load(prepared)
+    index = Index.load(workspace.prepared)
     rows, captions = captioned(index, config.pretrain)
     architecture = _architecture(config.pretrain.architecture)
     torch.manual_seed(config.pretrain.seed)
@@ -60,7 +63,9 @@ def pretrain(config: Config, prepared: Path, out: Path) -> None:
     _fit(model, config, index, rows, tokenizer(captions), architecture["preprocess_cfg"])
     write_tensors(out / WEIGHTS, model.state_dict())
     write_atomically(out / ARCHITECTURE, json.dumps(architecture, indent=2) + "\n")
-    print(f"pretrain: {len(rows)} captioned images, {config.pretrain.epochs} epochs, logit scale {model.logit_scale.exp().item():.1f}")
+    print(
+        f"pretrain: {len(rows)} captioned images, {config.pretrain.epochs} epochs, logit scale {model.logit_scale.exp().item():.1f}"
+    )
 
 
 def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any], list[str]]:
@@ -109,7 +114,9 @@ def _architecture(path: str) -> dict[str, Any]:
     return architecture
 
 
-def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], tokens: Tensor, preprocess: dict[str, Any]) -> None:
+def _fit(
+    model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], tokens: Tensor, preprocess: dict[str, Any]
+) -> None:
     settings = config.pretrain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -123,7 +130,9 @@ def _fit(model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], t
     make = functools.partial(_batch, pixels, rows, tokens, settings.seed, settings.batch_size, per_epoch)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    )
     contrast = open_clip.ClipLoss()
     with bar() as shown:
         task = shown.add_task("pretrain", total=steps, note="")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dho.config import Config, ViewsConfig, digest, flatten
 from dho.core.errors import StoreMismatch
-from dho.core.process import part
+from dho.core.partition import partition
 from dho.data.index import Index
 
 META, TEXT_WEIGHTS = "meta.json", "text_weights.npy"
@@ -47,7 +47,9 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """One phrase for each setting in which a store's meta differs from what is expected (dotted keys; keys not expected are ignored)."""
     have, want = flatten(found), flatten(expected)
     return [
-        f"{key} is {_short(have.get(key))} in the store and {_short(value)} here" for key, value in want.items() if have.get(key) != value
+        f"{key} is {_short(have.get(key))} in the store and {_short(value)} here"
+        for key, value in want.items()
+        if have.get(key) != value
     ]
 
 
@@ -94,7 +96,7 @@ class TeacherStore:
             rows = index.rows(*splits)
             self._position[rows] = np.arange(len(rows))
             shards = meta["parts"][name]["shards"]
-            self._starts[name] = np.asarray([part(len(rows), shard, shards).start for shard in range(shards)])
+            self._starts[name] = np.asarray([partition(len(rows), shard, shards).start for shard in range(shards)])
         self._maps: dict[str, npt.NDArray[np.float16]] = {}
 
     @classmethod
@@ -125,12 +127,16 @@ class TeacherStore:
         out = np.empty((len(positions), self.dim), np.float16)
         for shard in np.unique(shards):
             chosen = shards == shard
-            out[chosen] = self._shard(shard_name(part_name, int(shard)))[positions[chosen] - starts[shard], numbers[chosen]]
+            out[chosen] = self._shard(shard_name(part_name, int(shard)))[
+                positions[chosen] - starts[shard], numbers[chosen]
+            ]
         return out
 
     def logits(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Teacher logits float32 [n, classes] = scale * embedding . text weights."""
-        result: npt.NDArray[np.float32] = np.float32(self.logit_scale) * (np.asarray(embeddings, np.float32) @ self.text_weights.T)
+        result: npt.NDArray[np.float32] = np.float32(self.logit_scale) * (
+            np.asarray(embeddings, np.float32) @ self.text_weights.T
+        )
         return result
 
     def _shard(self, name: str) -> npt.NDArray[np.float16]:

@@ -23,29 +23,42 @@ from dho.catalogue.datasets import templates
 from dho.config import Config, digest
 from dho.core.errors import StoreMismatch
 from dho.core.files import replacing, sha256_file, write_atomically
-from dho.core.process import Process, barrier, loading_processes, part
+from dho.core.partition import partition
+from dho.core.process import Process, barrier, loading_processes
 from dho.core.progress import bar
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.data.pixels import Pixels, loader
 from dho.teacher.clip import Teacher
-from dho.teacher.store import FORMAT, META, PARTS, TEXT_WEIGHTS, TeacherStore, data_identity, differences, part_views, read_meta, shard_name
+from dho.teacher.store import (
+    FORMAT,
+    META,
+    PARTS,
+    TEXT_WEIGHTS,
+    TeacherStore,
+    data_identity,
+    differences,
+    part_views,
+    read_meta,
+    shard_name,
+)
 
 
-def teach(config: Config, prepared: Path, out: Path, process: Process, rebuild: bool = False) -> TeacherStore:
-    """Write or complete the teacher store of `prepared` in `out` and open it.
+def teach(config: Config, workspace: Workspace, process: Process, rebuild: bool = False) -> TeacherStore:
+    """Write or complete the teacher store in `workspace.teacher` and open it.
 
     Args:
         config: teacher, views and prompts.
-        prepared: folder that stage `prepare` wrote.
-        out: folder of the store.
+        workspace: whose `prepared` is read and whose `teacher` is written.
         process: this rank; every rank must call.
         rebuild: what to do with a store made from something else: replace it (saying what differs), or refuse.
 
     Raises:
-        StoreMismatch: `out` holds a store of other data, views or teacher, and `rebuild` is false.
+        StoreMismatch: there is a store of other data, views or teacher, and `rebuild` is false.
         DataError: the teacher cannot be loaded.
     """
-    index = Index.load(prepared)
+    out = workspace.teacher
+    index = Index.load(workspace.prepared)
     # One rank after the other would be slower; all but the first find a download already made.
     if process.is_main:
         teacher = Teacher.load(config.teacher, process.device)
@@ -90,14 +103,18 @@ def _claim(out: Path, meta: dict[str, Any], rebuild: bool) -> None:
         if not wrong:
             return
         if not rebuild:
-            raise StoreMismatch(f"teacher store {out} does not match: {'; '.join(wrong)}; give --rebuild to replace it, or another folder")
+            raise StoreMismatch(
+                f"teacher store {out} does not match: {'; '.join(wrong)}; give --rebuild to replace it, or another folder"
+            )
         print(f"teach: replacing the store in {out}: {'; '.join(wrong)}")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / META, json.dumps(meta, indent=2) + "\n")
 
 
-def _write_missing(config: Config, index: Index, teacher: Teacher, meta: dict[str, Any], out: Path, process: Process) -> None:
+def _write_missing(
+    config: Config, index: Index, teacher: Teacher, meta: dict[str, Any], out: Path, process: Process
+) -> None:
     """Every shard that is not there yet and that falls to this rank."""
     for name, splits in PARTS.items():
         rows = index.rows(*splits)
@@ -109,7 +126,9 @@ def _write_missing(config: Config, index: Index, teacher: Teacher, meta: dict[st
         count = part_views(name, config.views)
         per_batch = max(1, config.teacher.batch_size // (count or 1))
         # One loader over all of this rank's shards, so that its processes start once.
-        jobs = [(number, batch) for number in mine for batch in _batches(part(len(rows), number, shards), per_batch)]
+        jobs = [
+            (number, batch) for number in mine for batch in _batches(partition(len(rows), number, shards), per_batch)
+        ]
         pixels = Pixels(index, config.views, teacher.input_size, teacher.interpolation)
         make = functools.partial(_render, pixels, rows, [batch for _, batch in jobs], count)
         workers = loading_processes(config.launch.workers, teacher.device)
@@ -117,14 +136,16 @@ def _write_missing(config: Config, index: Index, teacher: Teacher, meta: dict[st
         with bar(process.is_main) as shown:
             task = shown.add_task(f"teach: {name}", total=sum(len(batch) for _, batch in jobs) * (count or 1), note="")
             for number in mine:
-                rows_here = part(len(rows), number, shards)
+                rows_here = partition(len(rows), number, shards)
                 with replacing(out / shard_name(name, number)) as temporary:
                     shape = (len(rows_here), count or 1, teacher.dim)
                     shard = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
                     for batch in _batches(rows_here, per_batch):
                         views = next(rendered)
                         embeddings = teacher.embed(views.flatten(0, 1)).half().cpu().numpy()
-                        shard[batch.start - rows_here.start : batch.stop - rows_here.start] = embeddings.reshape(len(batch), *shape[1:])
+                        shard[batch.start - rows_here.start : batch.stop - rows_here.start] = embeddings.reshape(
+                            len(batch), *shape[1:]
+                        )
                         shown.advance(task, len(batch) * shape[1])
                     shard.flush()
 
@@ -158,4 +179,6 @@ def _finish(config: Config, index: Index, teacher: Teacher, meta: dict[str, Any]
         "complete": True,
     }
     write_atomically(out / META, json.dumps(complete, indent=2) + "\n")
-    print(f"teach: {' + '.join(' x '.join(map(str, meta['parts'][name]['shape'])) for name in PARTS)} embeddings in {out}")
+    print(
+        f"teach: {' + '.join(' x '.join(map(str, meta['parts'][name]['shape'])) for name in PARTS)} embeddings in {out}"
+    )

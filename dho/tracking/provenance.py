@@ -26,7 +26,8 @@ def source_tags(root: Path) -> dict[str, str]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     tags = {
-        "hardware": ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus))) or f"{os.cpu_count()} x {_cpu_name()}",
+        "hardware": ", ".join(f"{gpus.count(name)} x {name}" for name in sorted(set(gpus)))
+        or f"{os.cpu_count()} x {_cpu_name()}",
         "version.dho": version("dho"),
         "version.torch": str(torch.__version__),
         "version.python": platform.python_version(),
@@ -35,7 +36,9 @@ def source_tags(root: Path) -> dict[str, str]:
     if commit:
         tags["mlflow.source.git.commit"] = commit
     else:
-        log.warning("%s: no git commit is known for this run; set GIT_COMMIT where there is no repository", root.resolve())
+        log.warning(
+            "%s: no git commit is known for this run; set GIT_COMMIT where there is no repository", root.resolve()
+        )
     if (changes := _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock")) is not None:
         tags["git.dirty"] = "true" if changes else "false"
     if (lock := root / "dvc.lock").is_file():
@@ -45,7 +48,9 @@ def source_tags(root: Path) -> dict[str, str]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5  # metrics wait this long for company before they are sent
 LONGEST_PAUSE_S = 30.0  # between attempts while the server is down
-BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = 1000, 6000, 36  # MLflow's limits: metrics in one request, characters, characters
+BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = (
+    1000,
+    6000,
+    36,
+)  # MLflow's limits: metrics in one request, characters, characters
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,9 @@ class Tracker:
     Forked processes (data-loading workers) do not have the sending thread; `close` does nothing there.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, run_id: str, started_ms: int, spool: Path, system_metrics_every: float) -> None:
+    def __init__(
+        self, client: MlflowClient, uri: str, run_id: str, started_ms: int, spool: Path, system_metrics_every: float
+    ) -> None:
         self.run_id = run_id
         self._client, self._uri, self._started_ms = client, uri, started_ms
         self._spool, self._acknowledged = spool / f"{run_id}.jsonl", spool / f"{run_id}.sent"
@@ -52,7 +58,9 @@ class Tracker:
             spool.mkdir(parents=True, exist_ok=True)
             self._file = self._spool.open("ab", buffering=0)  # one write a line: nothing is lost with the process
         except OSError as error:
-            raise TrackingError(f"{self._spool}: cannot be written ({error.strerror}); metrics need it while MLflow is down") from error
+            raise TrackingError(
+                f"{self._spool}: cannot be written ({error.strerror}); metrics need it while MLflow is down"
+            ) from error
         content = self._spool.read_bytes()
         # What is not in the spool yet; first the end of a line during which an earlier process was killed.
         self._unspooled = bytearray(b"\n" if content and not content.endswith(b"\n") else b"")
@@ -95,7 +103,9 @@ class Tracker:
             else:
                 run = client.get_run(run_id)
                 if run.info.lifecycle_stage != "active":
-                    raise TrackingError(f"MLflow at {shown(uri)}: run {run_id} was deleted; `mlflow runs restore --run-id {run_id}`")
+                    raise TrackingError(
+                        f"MLflow at {shown(uri)}: run {run_id} was deleted; `mlflow runs restore --run-id {run_id}`"
+                    )
                 client.update_run(run_id, status="RUNNING", name=run_name)
         tracker = cls(client, uri, run.info.run_id, run.info.start_time, spool, config.system_metrics_every)
         try:
@@ -111,7 +121,11 @@ class Tracker:
 
         While the spool's disk is full they wait in memory, and reach the spool with the first call after there is room.
         """
-        line = {"step": step, "timestamp": time.time_ns() // 1_000_000, "metrics": {key: float(value) for key, value in metrics.items()}}
+        line = {
+            "step": step,
+            "timestamp": time.time_ns() // 1_000_000,
+            "metrics": {key: float(value) for key, value in metrics.items()},
+        }
         with self._spooling:
             self._unspooled += json.dumps(line).encode() + b"\n"
             self._spool_more()
@@ -155,7 +169,9 @@ class Tracker:
                 texts[f"{key}.{i // PARAM_LENGTH + 1}" if i else key] = text[i : i + PARAM_LENGTH]
         with one_line(self._uri, "cannot record the parameters"):
             known = self._client.get_run(self.run_id).data.params
-            self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items() if key not in known])
+            self._client.log_batch(
+                self.run_id, params=[Param(key, text) for key, text in texts.items() if key not in known]
+            )
         changed = {key: text for key, text in texts.items() if known.get(key, text) != text}
         for key, text in changed.items():
             log.warning("run %s started with %s = %s and goes on with %s", self.run_id, key, known[key], text)
@@ -181,7 +197,9 @@ class Tracker:
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(name=name, digest=digest[:DIGEST_LENGTH], source_type="local", source=json.dumps({"uri": source}))
+        dataset = Dataset(
+            name=name, digest=digest[:DIGEST_LENGTH], source_type="local", source=json.dumps({"uri": source})
+        )
         tags = [InputTag("mlflow.data.context", context), InputTag("fingerprint", digest)]
         with one_line(self._uri, f"cannot record the input {name}"):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
@@ -212,9 +230,16 @@ class Tracker:
         if not self._ended:
             lines = self._spool.read_bytes()[self._sent :].count(b"\n")
             if self._unspooled:
-                log.warning("%s: the disk is full, %d lines of metrics are lost", self._spool, self._unspooled.count(b"\n"))
+                log.warning(
+                    "%s: the disk is full, %d lines of metrics are lost", self._spool, self._unspooled.count(b"\n")
+                )
             unsent = f"{lines} lines of metrics and status {status} of run {self.run_id} are unsent ({self._failure})"
-            log.warning("MLflow at %s: %s; the next start or stage sends the metrics from %s", shown(self._uri), unsent, self._spool)
+            log.warning(
+                "MLflow at %s: %s; the next start or stage sends the metrics from %s",
+                shown(self._uri),
+                unsent,
+                self._spool,
+            )
 
     def __enter__(self) -> Tracker:
         return self
@@ -262,7 +287,9 @@ class Tracker:
                 self._client.set_terminated(self.run_id, self._status)
                 self._ended = True
         except Exception as error:  # whatever it is: without this thread metrics would be lost
-            self._batch = max(self._batch // 2, 1)  # a server that is slow rather than down can finish a smaller one in time
+            self._batch = max(
+                self._batch // 2, 1
+            )  # a server that is slow rather than down can finish a smaller one in time
             self._failure = reason(error)
             if not known_down:
                 log.warning("MLflow at %s: %s; metrics wait in %s", shown(self._uri), self._failure, self._spool)
@@ -287,7 +314,9 @@ class Tracker:
                 more: list[Metric] = []
                 with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote
                     entry = json.loads(line)
-                    more = [Metric(key, value, entry["timestamp"], entry["step"]) for key, value in entry["metrics"].items()]
+                    more = [
+                        Metric(key, value, entry["timestamp"], entry["step"]) for key, value in entry["metrics"].items()
+                    ]
                 if metrics and len(metrics) + len(more) > self._batch:
                     break
                 metrics += more
@@ -321,7 +350,10 @@ class Tracker:
             return
         # JSON has no NaN and no infinity; protobuf's JSON, which the server reads, spells them as text.
         text = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-        entries = [{"key": m.key, "value": text.get(str(m.value), m.value), "timestamp": m.timestamp, "step": m.step} for m in metrics]
+        entries = [
+            {"key": m.key, "value": text.get(str(m.value), m.value), "timestamp": m.timestamp, "step": m.step}
+            for m in metrics
+        ]
         post(self._uri, "runs/log-batch", {"run_id": self.run_id, "metrics": entries})
 
     def _sample(self) -> None:

@@ -62,7 +62,9 @@ def connect(config: TrackingConfig) -> MlflowClient:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         for name in unset:
-            os.environ.pop(name, None)  # mlflow has set it, and it would win over another config in this process and in those it starts
+            os.environ.pop(
+                name, None
+            )  # mlflow has set it, and it would win over another config in this process and in those it starts
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
@@ -118,7 +120,9 @@ def one_line(uri: str, failure: str, remedy: str = "") -> Iterator[None]:
         if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
             failure = "refuses the credentials"
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        raise TrackingError(f"MLflow at {shown(uri)} {failure} ({reason(error)})" + (f"; {remedy}" if remedy else "")) from error
+        raise TrackingError(
+            f"MLflow at {shown(uri)} {failure} ({reason(error)})" + (f"; {remedy}" if remedy else "")
+        ) from error
 
 
 def who() -> str:

@@ -62,7 +62,9 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.failing = False
 
-    def save(self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process, needed: bool = False) -> None:
+    def save(
+        self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process, needed: bool = False
+    ) -> None:
         """Write the state after `state.step` steps. Every rank must call; rank 0 writes.
 
         A disk that is full or away does not end the training: it is said once, the older checkpoints stay, and the next call tries again.
@@ -76,10 +78,13 @@ class Checkpoints:
                 self._write(state, student, optimizer, rng)
             except OSError as error:
                 if needed:
-                    raise CheckpointError(f"{self.folder} cannot take a checkpoint ({error}); make room there and start again") from error
+                    raise CheckpointError(
+                        f"{self.folder} cannot take a checkpoint ({error}); make room there and start again"
+                    ) from error
                 if not self.failing:
                     print(
-                        f"warning: no checkpoint at step {state.step} ({error}); training goes on, the next one is tried", file=sys.stderr
+                        f"warning: no checkpoint at step {state.step} ({error}); training goes on, the next one is tried",
+                        file=sys.stderr,
                     )
                 self.failing = True
             else:
@@ -88,13 +93,17 @@ class Checkpoints:
                 self.failing = False
         barrier()
 
-    def _write(self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]) -> None:
+    def _write(
+        self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]
+    ) -> None:
         final = self.folder / f"step-{state.step:08d}"
         unfinished = self.folder / f".step-{state.step:08d}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             unfinished.mkdir(parents=True)
-            write_tensors(unfinished / MODEL, {name: value.detach().cpu() for name, value in student.state_dict().items()})
+            write_tensors(
+                unfinished / MODEL, {name: value.detach().cpu() for name, value in student.state_dict().items()}
+            )
             write_tensors(unfinished / OPTIMIZER, _optimizer_tensors(optimizer, student))
             write_tensors(unfinished / RNG, rng)
             write_atomically(unfinished / STATE, json.dumps(asdict(state), indent=2) + "\n")

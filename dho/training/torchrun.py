@@ -42,7 +42,9 @@ def _in_pod(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("PET_RDZV_ID", master)
         environment.setdefault("PET_MAX_RESTARTS", RESTARTS)
         environment.pop("PET_NODE_RANK", None)  # its members agree on that
-    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else a node that comes back ends the job (DistStoreError)
+    environment.setdefault(
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
+    )  # else a node that comes back ends the job (DistStoreError)
     if cpus := environment.get("CPUS"):
         # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
         processes = int(environment.get("PET_NPROC_PER_NODE", "1"))

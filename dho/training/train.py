@@ -15,7 +15,6 @@ import io
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from torch import Tensor
 from dho.config import Config, digest, flatten, to_dict
 from dho.core.files import write_atomically
 from dho.core.optim import learning_rate_share
-from dho.core.process import Process, StopFlag, barrier, loading_processes, mean_over_ranks, others_wait, part
+from dho.core.partition import partition
+from dho.core.process import Process, StopFlag, barrier, loading_processes, mean_over_ranks, others_wait
 from dho.core.progress import bar, progress_lines
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.data.streams import Batch, Streams
 from dho.evaluation.head_outputs import HeadOutputs, head_outputs
@@ -50,9 +51,7 @@ class Trainer:
 
     Args:
         config: all parameters.
-        prepared, store: folders that stages `prepare` and `teach` wrote.
-        out: folder for `student/`, `head_outputs/` and `history.csv`.
-        checkpoints: folder under which each training has its own.
+        workspace: `prepared` and `teacher` are read, `trained` is written; below `checkpoints` each training has its own folder.
         process: this rank.
 
     Raises:
@@ -60,16 +59,20 @@ class Trainer:
         TrackingError: MLflow cannot be reached (rank 0).
     """
 
-    def __init__(self, config: Config, prepared: Path, store: Path, out: Path, checkpoints: Path, process: Process) -> None:
-        self.config, self.out, self.process = config, out, process
-        self.index = Index.load(prepared)
-        self.store = TeacherStore.open(store, self.index, config)
-        task = create_task(config.train, config.student, torch.from_numpy(self.store.text_weights), self.store.logit_scale)
+    def __init__(self, config: Config, workspace: Workspace, process: Process) -> None:
+        self.config, self.workspace, self.process = config, workspace, process
+        self.index = Index.load(workspace.prepared)
+        self.store = TeacherStore.open(workspace.teacher, self.index, config)
+        task = create_task(
+            config.train, config.student, torch.from_numpy(self.store.text_weights), self.store.logit_scale
+        )
         memory = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.task = task.to(process.device, memory_format=memory).train()  # type: ignore[call-overload]
         self.student = self.task.student
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), weight_decay=config.train.weight_decay, fused=process.device.type == "cuda" or None
+            self.student.parameters(),
+            weight_decay=config.train.weight_decay,
+            fused=process.device.type == "cuda" or None,
         )
         self.streams = Streams(self.index, self.store, config, process, self.task.streams)
         self.fingerprints = {
@@ -77,8 +80,9 @@ class Trainer:
             "teacher_store": self.store.fingerprint,
             "parameters": digest({"student": to_dict(config.student), "train": _what_counts(config)}),
         }
-        self.checkpoints = Checkpoints(checkpoints / digest(self.fingerprints)[:16], config.train.keep_checkpoints)
-        self.spool = checkpoints / "unsent"
+        self.checkpoints = Checkpoints(
+            workspace.checkpoints / digest(self.fingerprints)[:16], config.train.keep_checkpoints
+        )
         self.stop = StopFlag(process)
         self.recorded = {"train": -1, "val": -1}
         self.state = self._resume()
@@ -128,7 +132,10 @@ class Trainer:
                 ends_epoch = state.step % self.streams.plan.steps_per_epoch == 0
                 if state.step % train.log_every == 0 or ends_epoch:
                     rate = self.optimizer.param_groups[0]["lr"]
-                    metrics = meter.read() | {"train/learning_rate": rate, "train/epoch": state.step / self.streams.plan.steps_per_epoch}
+                    metrics = meter.read() | {
+                        "train/learning_rate": rate,
+                        "train/epoch": state.step / self.streams.plan.steps_per_epoch,
+                    }
                     self._log(tracker, metrics)
                     shown.update(line, note=f"loss {metrics['train/loss/total']:.3f}")
                     said(state.step, steps, metrics["train/loss/total"], metrics["system/images_per_s"])
@@ -172,7 +179,10 @@ class Trainer:
     def to_device(self, batch: Batch) -> Batch:
         """This rank's batch on its device."""
         device = self.process.device
-        return {stream: {key: value.to(device, non_blocking=True) for key, value in entries.items()} for stream, entries in batch.items()}
+        return {
+            stream: {key: value.to(device, non_blocking=True) for key, value in entries.items()}
+            for stream, entries in batch.items()
+        }
 
     def end_epoch(self, tracker: Tracker | None) -> None:
         """Measure the student on val and write that down."""
@@ -181,7 +191,9 @@ class Trainer:
         if outputs is not None:
             metrics = quick(outputs)
             self._log(tracker, metrics)
-            self.state.history.append({"epoch": epoch, "step": self.state.step, **{key.replace("/", "_"): v for key, v in metrics.items()}})
+            self.state.history.append(
+                {"epoch": epoch, "step": self.state.step, **{key.replace("/", "_"): v for key, v in metrics.items()}}
+            )
 
     def _head_outputs(self, split: str) -> HeadOutputs | None:
         # Each rank has kept BatchNorm statistics of its own; those of rank 0 are the student's.
@@ -204,9 +216,9 @@ class Trainer:
         for split in ("val", "test"):
             outputs = self._head_outputs(split)
             if outputs is not None:
-                outputs.save(self.out / "head_outputs" / f"{split}.npz")
+                outputs.save(self.workspace.head_outputs / f"{split}.npz")
         if self.process.is_main:
-            write_atomically(self.out / "history.csv", _csv(self.state.history))
+            write_atomically(self.workspace.history, _csv(self.state.history))
             card = StudentCard(
                 student=to_dict(self.config.student),
                 heads=list(self.student.heads),
@@ -216,7 +228,7 @@ class Trainer:
                 steps=self.state.step,
                 fingerprints=self.fingerprints,
             )
-            save_student(self.out / "student", self.student, card)
+            save_student(self.workspace.student, self.student, card)
         barrier()
 
     def _resume(self) -> State:
@@ -250,14 +262,19 @@ class Trainer:
             self._checkpoint(needed=True)  # a disk that takes none is found out before there is a run
         if self.process.is_main:
             train, splits = self.config.train, self.config.data.splits
-            labels = "all" if splits.shots is None and splits.labelled_fraction is None else splits.shots or splits.labelled_fraction
+            labels = (
+                "all"
+                if splits.shots is None and splits.labelled_fraction is None
+                else splits.shots or splits.labelled_fraction
+            )
             tracker = Tracker.open(
                 self.config.tracking,
-                self.spool,
+                self.workspace.unsent,
                 run_id=self.state.run_id or None,
                 run_name=f"{train.method} {self.index.name} {labels} labels seed {train.seed}",
                 params=flatten(to_dict(self.config)),
-                tags=source_tags(Path()) | {f"fingerprint.{name}": value for name, value in self.fingerprints.items()},
+                tags=source_tags(self.workspace.root)
+                | {f"fingerprint.{name}": value for name, value in self.fingerprints.items()},
             )
             self.recorded = {kind: tracker.last_recorded(f"{kind}/") for kind in self.recorded}
             new, self.state.run_id = not self.state.run_id, tracker.run_id
@@ -274,7 +291,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, lambda *_: self.stop.raise_here()) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, lambda *_: self.stop.raise_here())
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:
@@ -322,7 +342,10 @@ class _Meter:
         """Mean losses since the last call (over all ranks), images/s over all ranks, and the share of time spent waiting for data."""
         means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps, self.process).tolist()
         seconds = time.perf_counter() - self.since
-        metrics = {f"train/loss/{'total' if name == 'loss' else name}": value for name, value in zip(self.sums, means, strict=True)}
+        metrics = {
+            f"train/loss/{'total' if name == 'loss' else name}": value
+            for name, value in zip(self.sums, means, strict=True)
+        }
         metrics |= {"system/images_per_s": self.images / seconds, "system/data_share": self.waited / seconds}
         self._reset()
         return metrics
@@ -333,7 +356,7 @@ def _slice(batch: Batch, piece: int, pieces: int) -> Batch:
         return batch
     sliced: Batch = {}
     for stream, entries in batch.items():
-        mine = part(len(entries["pixels"]), piece, pieces)
+        mine = partition(len(entries["pixels"]), piece, pieces)
         sliced[stream] = {key: value[mine.start : mine.stop] for key, value in entries.items()}
     return sliced
 
@@ -350,8 +373,6 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def train(
-    config: Config, prepared: Path, store: Path, out: Path, checkpoints: Path, process: Process, then: Callable[[], None] | None = None
-) -> bool:
-    """Train one student (Algorithm 1) and write it, its head outputs and its history to `out`; True when it finished."""
-    return Trainer(config, prepared, store, out, checkpoints, process).run(then)
+def train(config: Config, workspace: Workspace, process: Process, then: Callable[[], None] | None = None) -> bool:
+    """Train one student (Algorithm 1) and write it, its head outputs and its history; True when it finished."""
+    return Trainer(config, workspace, process).run(then)

@@ -67,10 +67,22 @@ def main(pod: Document) -> Document:
 
 
 WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
-    "unknown field": (job(lambda j: j["spec"].update(runPolcy={})), "spec.runPolcy is an unknown field; did you mean runPolicy?"),
-    "unknown field in a container": (both(lambda p: main(p).update(comand=[])), "comand is an unknown field; did you mean command?"),
-    "number for text": (job(lambda j: j["spec"].update(nprocPerNode=4)), "spec.nprocPerNode is 4; expected text in quotes"),
-    "text for a number": (job(lambda j: j["spec"]["runPolicy"].update(backoffLimit="20")), 'backoffLimit is "20"; expected a whole number'),
+    "unknown field": (
+        job(lambda j: j["spec"].update(runPolcy={})),
+        "spec.runPolcy is an unknown field; did you mean runPolicy?",
+    ),
+    "unknown field in a container": (
+        both(lambda p: main(p).update(comand=[])),
+        "comand is an unknown field; did you mean command?",
+    ),
+    "number for text": (
+        job(lambda j: j["spec"].update(nprocPerNode=4)),
+        "spec.nprocPerNode is 4; expected text in quotes",
+    ),
+    "text for a number": (
+        job(lambda j: j["spec"]["runPolicy"].update(backoffLimit="20")),
+        'backoffLimit is "20"; expected a whole number',
+    ),
     "no replicas": (job(lambda j: j["spec"].pop("pytorchReplicaSpecs")), "spec has no pytorchReplicaSpecs"),
     "wrong cleanPodPolicy": (
         job(lambda j: j["spec"]["runPolicy"].update(cleanPodPolicy="Sometimes")),
@@ -84,8 +96,14 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         job(lambda j: j["spec"]["pytorchReplicaSpecs"]["Worker"].update(restartPolicy="Never")),
         "Worker's restartPolicy is Never; expected OnFailure",
     ),
-    "wrong imagePullPolicy": (both(lambda p: main(p).update(imagePullPolicy="Daily")), "imagePullPolicy is Daily; expected one of"),
-    "container of another name": (both(lambda p: main(p).update(name="trainer")), "container 'trainer' is not named pytorch"),
+    "wrong imagePullPolicy": (
+        both(lambda p: main(p).update(imagePullPolicy="Daily")),
+        "imagePullPolicy is Daily; expected one of",
+    ),
+    "container of another name": (
+        both(lambda p: main(p).update(name="trainer")),
+        "container 'trainer' is not named pytorch",
+    ),
     "volume that is not mounted": (
         both(lambda p: p["volumes"].append({"name": "spare", "emptyDir": {}})),
         "volume 'spare' is defined and no container mounts it",
@@ -102,14 +120,24 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         job(lambda j: j["spec"]["runPolicy"].update(backoffLimit=3)),
         "backoffLimit is 3; expected 20 or more, since the operator adds up the restarts of all 2 pods",
     ),
-    "no deadline": (job(lambda j: j["spec"]["runPolicy"].pop("activeDeadlineSeconds")), "spec.runPolicy has no activeDeadlineSeconds"),
+    "no deadline": (
+        job(lambda j: j["spec"]["runPolicy"].pop("activeDeadlineSeconds")),
+        "spec.runPolicy has no activeDeadlineSeconds",
+    ),
     "secret in the environment": (
         both(lambda p: main(p)["env"].append({"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"})),
         "env AWS_SECRET_ACCESS_KEY has what looks like a secret as its value",
     ),
-    "password in an address": (environment(MLFLOW_TRACKING_URI="http://me:pass@mlflow:5000"), "MLFLOW_TRACKING_URI looks like a secret"),
+    "password in an address": (
+        environment(MLFLOW_TRACKING_URI="http://me:pass@mlflow:5000"),
+        "MLFLOW_TRACKING_URI looks like a secret",
+    ),
     "Secret as a variable": (
-        both(lambda p: main(p)["env"].append({"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "dho-s3", "key": "k"}}})),
+        both(
+            lambda p: main(p)["env"].append(
+                {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "dho-s3", "key": "k"}}}
+            )
+        ),
         "env KEY takes a Secret into the environment",
     ),
     "no limits": (both(lambda p: main(p)["resources"]["limits"].pop("memory")), "resources.limits has no memory"),
@@ -117,14 +145,23 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         both(lambda p: main(p)["resources"]["requests"].update(memory="64Gi")),
         "it requests memory 64Gi, more than its limit 4Gi",
     ),
-    "image without a tag": (both(lambda p: main(p).update(image="registry:5000/dho")), "image registry:5000/dho has no fixed tag"),
+    "image without a tag": (
+        both(lambda p: main(p).update(image="registry:5000/dho")),
+        "image registry:5000/dho has no fixed tag",
+    ),
     "latest image": (both(lambda p: main(p).update(image="dho:latest")), "image dho:latest has no fixed tag"),
-    "two masters": (job(lambda j: j["spec"]["pytorchReplicaSpecs"]["Master"].update(replicas=2)), "Master has 2 replicas; expected 1"),
+    "two masters": (
+        job(lambda j: j["spec"]["pytorchReplicaSpecs"]["Master"].update(replicas=2)),
+        "Master has 2 replicas; expected 1",
+    ),
     "no worker": (
         job(lambda j: j["spec"]["pytorchReplicaSpecs"]["Worker"].update(replicas=0)),
         "Worker has 0 replicas; expected 1 or more",
     ),
-    "neither master nor elastic": (job(lambda j: j["spec"]["pytorchReplicaSpecs"].pop("Master")), "no Master and no elasticPolicy"),
+    "neither master nor elastic": (
+        job(lambda j: j["spec"]["pytorchReplicaSpecs"].pop("Master")),
+        "no Master and no elasticPolicy",
+    ),
     "elastic with a master": (
         job(lambda j: j["spec"].update(elasticPolicy={"minReplicas": 1, "maxReplicas": 2})),
         "an elastic job has a Master; expected Workers only",
@@ -133,17 +170,27 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         job(lambda j: j["spec"].update(elasticPolicy={"minReplicas": 4, "maxReplicas": 2})),
         "minReplicas 4 and maxReplicas 2; expected 1 <= minReplicas <= maxReplicas",
     ),
-    "name with capitals": (job(lambda j: j["metadata"].update(name="My_Job")), "the job's name is 'My_Job'; expected small letters"),
+    "name with capitals": (
+        job(lambda j: j["metadata"].update(name="My_Job")),
+        "the job's name is 'My_Job'; expected small letters",
+    ),
     "name too long": (job(lambda j: j["metadata"].update(name="a" * 60)), "has 60 characters; expected at most 50"),
     "runs as root": (both(lambda p: p["securityContext"].update(runAsUser=0)), "securityContext lets it run as root"),
     "privileges": (
         both(lambda p: main(p)["securityContext"].update(allowPrivilegeEscalation=True)),
         "allowPrivilegeEscalation is not false",
     ),
-    "capabilities": (both(lambda p: main(p)["securityContext"].pop("capabilities")), "securityContext drops not ALL capabilities"),
+    "capabilities": (
+        both(lambda p: main(p)["securityContext"].pop("capabilities")),
+        "securityContext drops not ALL capabilities",
+    ),
     "host network": (both(lambda p: p.update(hostNetwork=True)), "hostNetwork is true; expected false"),
     "hostPath": (
-        both(lambda p: p["volumes"][0].update({"emptyDir": None, "hostPath": {"path": "/"}}) or p["volumes"][0].pop("emptyDir")),
+        both(
+            lambda p: (
+                p["volumes"][0].update({"emptyDir": None, "hostPath": {"path": "/"}}) or p["volumes"][0].pop("emptyDir")
+            )
+        ),
         "volume 'work' is a hostPath",
     ),
     "token": (both(lambda p: p.pop("automountServiceAccountToken")), "automountServiceAccountToken is not false"),
@@ -151,7 +198,10 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         both(lambda p: p.update(terminationGracePeriodSeconds=30)),
         "terminationGracePeriodSeconds is 30; expected more than 30",
     ),
-    "no toleration of a lost node": (both(lambda p: p["tolerations"].pop(0)), "no toleration of node.kubernetes.io/not-ready"),
+    "no toleration of a lost node": (
+        both(lambda p: p["tolerations"].pop(0)),
+        "no toleration of node.kubernetes.io/not-ready",
+    ),
     "shared memory on disk": (
         both(lambda p: p["volumes"][3]["emptyDir"].pop("medium")),
         "container pytorch has no memory-backed /dev/shm",
@@ -160,7 +210,10 @@ WRONG: dict[str, tuple[Callable[[list[Document]], None], str]] = {
         both(lambda p: p["volumes"][3]["emptyDir"].update(sizeLimit="8Gi")),
         "/dev/shm may take 8 GiB of container pytorch's memory limit of 4 GiB",
     ),
-    "no init container": (both(lambda p: p.pop("initContainers")), "no init container; expected one that runs `dho job pull`"),
+    "no init container": (
+        both(lambda p: p.pop("initContainers")),
+        "no init container; expected one that runs `dho job pull`",
+    ),
     "ConfigMap that is not there": (
         both(lambda p: main(p).update(envFrom=[{"configMapRef": {"name": "other"}}])),
         "it uses ConfigMap 'other', which is not among the documents",
@@ -190,7 +243,9 @@ def test_a_wrong_manifest_is_refused_with_a_line_that_names_what_is_wrong(name: 
 
 
 def dho(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dho", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "dho", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_manifest_edited_in_the_project_is_what_is_launched_and_checked(tmp_path: Path) -> None:
@@ -203,12 +258,18 @@ def test_a_manifest_edited_in_the_project_is_what_is_launched_and_checked(tmp_pa
     file.write_text(file.read_text().replace("cleanPodPolicy: Running", "cleanPodPolicy: Sometimes"))
     done = dho("launch", "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "dho: PyTorchJob: spec.runPolicy.cleanPodPolicy is Sometimes; expected one of All, Running, None\n"
+    assert (
+        done.stderr
+        == "dho: PyTorchJob: spec.runPolicy.cleanPodPolicy is Sometimes; expected one of All, Running, None\n"
+    )
 
 
 def test_an_installed_package_brings_the_manifests(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "wheel"], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "wheel"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     (wheel,) = (tmp_path / "wheel").iterdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -259,7 +320,9 @@ def test_an_api_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypa
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     done = dho("jobs", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("dho: the jobs: no answer from https://127.0.0.1:9 (") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("dho: the jobs: no answer from https://127.0.0.1:9 (") and done.stderr.count("\n") == 1
+    )
 
 
 def pod(status: dict[str, Any], node: str | None = "node-1", replica: str = "master", index: int = 0) -> Document:
@@ -280,7 +343,10 @@ def event(about: str, reason: str, message: str) -> Document:
 def why(
     pods: list[Document], events: list[Document] | None = None, replicas: int = 1, log: str = "dho: no such revision"
 ) -> dict[str, list[str]]:
-    asked = {"metadata": {"name": "train", "uid": "job"}, "spec": {"pytorchReplicaSpecs": {"Master": {"replicas": replicas}}}}
+    asked = {
+        "metadata": {"name": "train", "uid": "job"},
+        "spec": {"pytorchReplicaSpecs": {"Master": {"replicas": replicas}}},
+    }
     return reasons.waiting(asked, pods, events or [], lambda _pod, _container: log)
 
 
@@ -296,7 +362,15 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
     ("pods", "events", "line"),
     [
         (
-            [pod({"containerStatuses": [container("pytorch", waiting={"reason": "ErrImagePull", "message": "not found"})]})],
+            [
+                pod(
+                    {
+                        "containerStatuses": [
+                            container("pytorch", waiting={"reason": "ErrImagePull", "message": "not found"})
+                        ]
+                    }
+                )
+            ],
             [],
             "image dho:1 cannot be pulled: not found",
         ),
@@ -305,7 +379,10 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
                 pod(
                     {
                         "containerStatuses": [
-                            container("pytorch", waiting={"reason": "ImagePullBackOff", "message": 'Back-off pulling image "dho:1"'})
+                            container(
+                                "pytorch",
+                                waiting={"reason": "ImagePullBackOff", "message": 'Back-off pulling image "dho:1"'},
+                            )
                         ]
                     }
                 )
@@ -318,7 +395,10 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
                 pod(
                     {
                         "conditions": [
-                            {**UNSCHEDULABLE, "message": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2"}
+                            {
+                                **UNSCHEDULABLE,
+                                "message": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2",
+                            }
                         ]
                     },
                     None,
@@ -328,12 +408,26 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
             "no node fits: 0/2 nodes are available: 2 Insufficient nvidia.com/gpu.",
         ),
         (
-            [pod({"conditions": [{**UNSCHEDULABLE, "message": "0/2 nodes: pod has unbound immediate PersistentVolumeClaims."}]}, None)],
+            [
+                pod(
+                    {
+                        "conditions": [
+                            {**UNSCHEDULABLE, "message": "0/2 nodes: pod has unbound immediate PersistentVolumeClaims."}
+                        ]
+                    },
+                    None,
+                )
+            ],
             [],
             "its PersistentVolumeClaim is not bound",
         ),
         (
-            [pod({"conditions": [{**UNSCHEDULABLE, "message": 'persistentvolumeclaim "dho-checkpoints" not found'}]}, None)],
+            [
+                pod(
+                    {"conditions": [{**UNSCHEDULABLE, "message": 'persistentvolumeclaim "dho-checkpoints" not found'}]},
+                    None,
+                )
+            ],
             [],
             "PersistentVolumeClaim dho-checkpoints is missing",
         ),
@@ -341,7 +435,9 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
             [],
             [
                 event(
-                    "job", "FailedCreatePod", 'Error creating: pods "train-master-0" is forbidden: exceeded quota: small, requested: cpu=1'
+                    "job",
+                    "FailedCreatePod",
+                    'Error creating: pods "train-master-0" is forbidden: exceeded quota: small, requested: cpu=1',
                 )
             ],
             "no pod, for the namespace's quota: exceeded quota: small, requested: cpu=1",
@@ -350,7 +446,9 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
             [],
             [
                 event(
-                    "job", "FailedCreatePod", 'Error creating: pods "x" is forbidden: violates PodSecurity "restricted:latest": privileged'
+                    "job",
+                    "FailedCreatePod",
+                    'Error creating: pods "x" is forbidden: violates PodSecurity "restricted:latest": privileged',
                 )
             ],
             "no pod, for the namespace's PodSecurity: violates PodSecurity",
@@ -360,7 +458,9 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
                 pod(
                     {
                         "initContainerStatuses": [
-                            container("pull", 2, {"terminated": {"exitCode": 1}}, waiting={"reason": "CrashLoopBackOff"})
+                            container(
+                                "pull", 2, {"terminated": {"exitCode": 1}}, waiting={"reason": "CrashLoopBackOff"}
+                            )
                         ]
                     }
                 )
@@ -378,7 +478,10 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
                 pod(
                     {
                         "initContainerStatuses": [
-                            container("pull", waiting={"reason": "CreateContainerConfigError", "message": 'configmap "x" not found'})
+                            container(
+                                "pull",
+                                waiting={"reason": "CreateContainerConfigError", "message": 'configmap "x" not found'},
+                            )
                         ]
                     }
                 )
@@ -406,7 +509,9 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
         ),
     ],
 )
-def test_why_a_job_does_not_start_is_read_off_its_pods_and_events(pods: list[Document], events: list[Document], line: str) -> None:
+def test_why_a_job_does_not_start_is_read_off_its_pods_and_events(
+    pods: list[Document], events: list[Document], line: str
+) -> None:
     (reason,) = why(pods, events)
     assert reason.startswith(line)
     assert "\n" not in reason

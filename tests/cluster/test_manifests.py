@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
 FILES = sorted(
-    path for path in (ROOT / "k8s").rglob("*.yaml") if path.parent.name in ("base", "platform") and path.name != "kustomization.yaml"
+    path
+    for path in (ROOT / "k8s").rglob("*.yaml")
+    if path.parent.name in ("base", "platform") and path.name != "kustomization.yaml"
 )
 LAUNCHES = [
     Launch(nodes=nodes, gpus=gpus, elastic=elastic, queue=queue, stage=stage)
@@ -53,7 +55,9 @@ def test_every_document_is_one_that_kubernetes_knows(path: Path) -> None:
         validate(document)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: "-".join([*launch.overlays(), str(launch.nodes), str(launch.gpus)]))
+@pytest.mark.parametrize(
+    "launch", LAUNCHES, ids=lambda launch: "-".join([*launch.overlays(), str(launch.nodes), str(launch.gpus)])
+)
 def test_every_launch_keeps_every_rule_and_survives_yaml(launch: Launch) -> None:
     documents = render(launch)
     assert problems(documents) == []
@@ -134,14 +138,21 @@ def test_gpus_bring_their_share_of_processors_memory_and_shared_memory() -> None
         assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"] == str(gpus)
         for part in ("requests", "limits"):
             for name in ("cpu", "memory"):
-                assert quantity(resources[part][name]) == quantity(pods[1]["containers"][0]["resources"][part][name]) * gpus
+                assert (
+                    quantity(resources[part][name])
+                    == quantity(pods[1]["containers"][0]["resources"][part][name]) * gpus
+                )
         (shm,) = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm"]
         assert quantity(shm) == gpus * 8 * 2**30
 
 
-@pytest.mark.parametrize(("nodes", "elastic", "limit"), [(1, None, 10), (2, None, 20), (64, None, 640), (2, (1, 4), 40)])
+@pytest.mark.parametrize(
+    ("nodes", "elastic", "limit"), [(1, None, 10), (2, None, 20), (64, None, 640), (2, (1, 4), 40)]
+)
 def test_the_backoff_limit_grows_with_the_replicas(nodes: int, elastic: tuple[int, int] | None, limit: int) -> None:
-    assert kind(render(Launch(nodes=nodes, elastic=elastic)), "PyTorchJob")["spec"]["runPolicy"]["backoffLimit"] == limit
+    assert (
+        kind(render(Launch(nodes=nodes, elastic=elastic)), "PyTorchJob")["spec"]["runPolicy"]["backoffLimit"] == limit
+    )
 
 
 def test_a_named_launch_has_a_configmap_of_its_own() -> None:
@@ -150,7 +161,9 @@ def test_a_named_launch_has_a_configmap_of_its_own() -> None:
     assert environment["metadata"]["name"] == "mine"
     assert (environment["data"]["DHO_REVISION"], environment["data"]["DHO_REMOTE"]) == ("a" * 64, "s3://elsewhere/dvc")
     for pod in pod_specs(kind(documents, "PyTorchJob")):
-        assert {source["configMapRef"]["name"] for container in containers(pod) for source in container["envFrom"]} == {"mine"}
+        assert {source["configMapRef"]["name"] for container in containers(pod) for source in container["envFrom"]} == {
+            "mine"
+        }
 
 
 def kubectl() -> str | None:
@@ -162,7 +175,9 @@ def kubectl() -> str | None:
 @pytest.mark.skipif(kubectl() is None, reason="no kubectl here; tests/cluster/machine has one")
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dho_launch_renders_what_kustomize_renders(overlay: str) -> None:
-    done = subprocess.run([str(kubectl()), "kustomize", str(ROOT / "k8s/overlays" / overlay)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(kubectl()), "kustomize", str(ROOT / "k8s/overlays" / overlay)], check=True, capture_output=True, text=True
+    )
     theirs = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(done.stdout)}
     assert {(d["kind"], d["metadata"]["name"]): d for d in kustomized([overlay])} == theirs
     launch = {"cpu": Launch(), "gpu": Launch(gpus=8)}.get(overlay)  # the numbers of the overlay itself

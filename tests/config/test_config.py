@@ -26,7 +26,10 @@ def complaint(tree: Any) -> str:
 
 def sections(cls: type = Config) -> list[type]:
     hints = typing.get_type_hints(cls).values()
-    return [cls, *(below for hint in hints if dataclasses.is_dataclass(hint) for below in sections(typing.cast(type, hint)))]
+    return [
+        cls,
+        *(below for hint in hints if dataclasses.is_dataclass(hint) for below in sections(typing.cast(type, hint))),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,10 @@ def test_a_value_of_the_wrong_type_is_refused(tree: Any, line: str) -> None:
         ({"data": {"name": "cifar"}}, "data.name is 'cifar'; expected one of fashion_mnist, folder"),
         ({"data": {"on_leak": "ignore"}}, "data.on_leak is 'ignore'; expected one of error, drop"),
         ({"data": {"splits": {"shots": 0}}}, "data.splits.shots is 0; expected a whole number or null >= 1"),
-        ({"data": {"max_pixels": 10**9}}, "data.max_pixels is 1000000000; expected a whole number >= 1 and <= 178956970"),
+        (
+            {"data": {"max_pixels": 10**9}},
+            "data.max_pixels is 1000000000; expected a whole number >= 1 and <= 178956970",
+        ),
         ({"views": {"scale": [0.0, 1.0]}}, "views.scale[0] is 0.0; expected a number > 0 and <= 1"),
         ({"views": {"seed": 2**70}}, f"views.seed is {2**70}; expected a whole number >= 0 and <= {2**63 - 1}"),
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate is inf; expected a number > 0"),
@@ -91,7 +97,10 @@ def test_a_value_out_of_range_is_refused(tree: Any, line: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "line"),
     [
-        ({"data": {"splits": {"shots": 4, "labelled_fraction": 0.1}}}, "data.splits.labelled_fraction is 0.1; expected null while"),
+        (
+            {"data": {"splits": {"shots": 4, "labelled_fraction": 0.1}}},
+            "data.splits.labelled_fraction is 0.1; expected null while",
+        ),
         ({"views": {"scale": [0.9, 0.5]}}, "views.scale is [0.9, 0.5]; expected two numbers, the smaller first"),
         ({"views": {"scale": [0.9]}}, "views.scale is [0.9]; expected two numbers"),
         ({"student": {"mean": [0.5]}}, "student.mean is [0.5]; expected three numbers"),
@@ -100,10 +109,16 @@ def test_a_value_out_of_range_is_refused(tree: Any, line: str) -> None:
         ({"data": {"templates": ["a photo"]}}, "data.templates is 'a photo'; expected each template to hold {} once"),
         ({"data": {"templates": []}}, "data.templates is []; expected one template or more"),
         ({"pretrain": {"caption_templates": []}}, "pretrain.caption_templates is []; expected one template or more"),
-        ({"data": {"class_names": ["cat", "cat"]}}, "data.class_names is ['cat', 'cat']; expected two or more different names"),
+        (
+            {"data": {"class_names": ["cat", "cat"]}},
+            "data.class_names is ['cat', 'cat']; expected two or more different names",
+        ),
         ({"data": {"name": "folder"}}, "data.source is None; expected the folder of images"),
         ({"data": {"val": "val.csv"}}, "data.val is 'val.csv'; expected null while data.name is fashion_mnist"),
-        ({"pretrain": {"confusions": {"a": {"b": 0.7, "c": 0.7}}}}, "pretrain.confusions.a is {'b': 0.7, 'c': 0.7}; expected rates"),
+        (
+            {"pretrain": {"confusions": {"a": {"b": 0.7, "c": 0.7}}}},
+            "pretrain.confusions.a is {'b': 0.7, 'c': 0.7}; expected rates",
+        ),
         ({"pretrain": {"confusions": {"a": {"b": -0.1}}}}, "pretrain.confusions.a is {'b': -0.1}; expected rates"),
     ],
 )
@@ -139,7 +154,9 @@ def test_an_empty_file_or_section_means_the_defaults(tmp_path: Path, content: st
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("train:\n  learning_rate: 1e-3\n  weight_decay: 5E-2\n  eta: 2\nviews:\n  scale: [8e-2, 1]\n")
+    (tmp_path / "params.yaml").write_text(
+        "train:\n  learning_rate: 1e-3\n  weight_decay: 5E-2\n  eta: 2\nviews:\n  scale: [8e-2, 1]\n"
+    )
     config = load(tmp_path / "params.yaml")
     assert (config.train.learning_rate, config.train.weight_decay, config.train.eta) == (0.001, 0.05, 2.0)
     assert config.views.scale == [0.08, 1.0]

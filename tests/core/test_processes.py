@@ -58,7 +58,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_a_steps_freed_memory_is_kept_for_the_next_step() -> None:
     faults = {
-        name: int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, name], check=True, capture_output=True, text=True).stdout)
+        name: int(
+            subprocess.run([sys.executable, "-c", PAGE_FAULTS, name], check=True, capture_output=True, text=True).stdout
+        )
         for name in ("given back", "kept")
     }
     assert faults["given back"] > 100 and faults["kept"] < faults["given back"] / 10

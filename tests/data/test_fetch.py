@@ -21,6 +21,7 @@ from dho.catalogue import datasets as catalogue
 from dho.catalogue.datasets import CATALOGUE, Entry
 from dho.config import Config, from_dict
 from dho.core.errors import DataError
+from dho.core.workspace import Workspace
 from dho.data import fetch as fetching
 from dho.data.fetch import download, fetch
 
@@ -127,22 +128,24 @@ def holds_the_files(out: Path) -> bool:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_local_source_is_used_plain_or_packed(data_set: Callable[..., None], tmp_path: Path, packed: bool) -> None:
     data_set(home="http://127.0.0.1:9/")
-    fetch(settings(put_source(tmp_path / "source", packed)).data, tmp_path / "raw")
+    fetch(settings(put_source(tmp_path / "source", packed)), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert holds_the_files(tmp_path / "raw")
 
 
-def test_files_that_are_there_and_right_are_kept_and_others_are_brought_again(data_set: Callable[..., None], tmp_path: Path) -> None:
+def test_files_that_are_there_and_right_are_kept_and_others_are_brought_again(
+    data_set: Callable[..., None], tmp_path: Path
+) -> None:
     data_set()
     source = put_source(tmp_path / "source", True)
-    fetch(settings(source).data, tmp_path / "raw")
+    fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
     kept = (tmp_path / "raw" / "train-images").stat().st_mtime_ns
     (tmp_path / "raw" / "train-labels").write_bytes(b"damaged")
     (source / "train-images.gz").unlink()
-    fetch(settings(source).data, tmp_path / "raw")
+    fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert holds_the_files(tmp_path / "raw")
     assert (tmp_path / "raw" / "train-images").stat().st_mtime_ns == kept
     shutil.rmtree(source)
-    fetch(settings(source).data, tmp_path / "raw")
+    fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
 
 
 @pytest.mark.parametrize("damage", ["other content", "not packed", "cut off"])
@@ -150,11 +153,15 @@ def test_a_source_with_wrong_content_is_told_and_the_next_way_taken(
     data_set: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     source = put_source(tmp_path / "source", True)
-    wrong = {"other content": gzip.compress(b"other"), "not packed": b"text", "cut off": gzip.compress(CONTENT["train-images"])[:100]}
+    wrong = {
+        "other content": gzip.compress(b"other"),
+        "not packed": b"text",
+        "cut off": gzip.compress(CONTENT["train-images"])[:100],
+    }
     (source / "train-images.gz").write_bytes(wrong[damage])
     with server(serve_files) as home:
         data_set(home=home)
-        fetch(settings(source).data, tmp_path / "raw")
+        fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert holds_the_files(tmp_path / "raw")
     said = capsys.readouterr()
     assert f"data.source {source} did not work" in said.err and "trying the next way" in said.err
@@ -166,7 +173,7 @@ def test_wrong_content_never_reaches_the_output(data_set: Callable[..., None], t
     source = put_source(tmp_path / "source", False)
     (source / "train-images").write_bytes(b"other")
     with pytest.raises(DataError, match=r"train-images has SHA-256 [0-9a-f]{16}\.\.\., expected"):
-        fetch(settings(source).data, tmp_path / "raw")
+        fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert not (tmp_path / "raw" / "train-images").exists()
 
 
@@ -177,12 +184,14 @@ def test_a_source_that_holds_only_some_files_is_told(
     (source / "train-images.gz").unlink()
     with server(serve_files) as home:
         data_set(home=home)
-        fetch(settings(source).data, tmp_path / "raw")
+        fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert "train-images.gz is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("answer", [never_answer, stop_in_the_middle, trickle])
-def test_a_stalled_download_is_given_up_in_time(answer: Callable[[BaseHTTPRequestHandler], None], tmp_path: Path) -> None:
+def test_a_stalled_download_is_given_up_in_time(
+    answer: Callable[[BaseHTTPRequestHandler], None], tmp_path: Path
+) -> None:
     with server(answer) as home:
         began = time.monotonic()
         with pytest.raises(TimeoutError, match="stalled"):
@@ -218,7 +227,7 @@ def test_after_a_stall_the_next_way_is_taken_and_the_reason_told(
     archive = debian_archive(tmp_path / "debian", monkeypatch)
     with server(never_answer) as home:
         data_set(home=home, **archive)
-        fetch(settings(None).data, tmp_path / "raw")
+        fetch(settings(None), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert holds_the_files(tmp_path / "raw")
     said = capsys.readouterr()
     assert f"{home} did not work" in said.err and "stalled" in said.err
@@ -235,8 +244,10 @@ def test_when_nothing_works_one_line_says_what_to_put_where(
             (None, r"into a folder and set data\.source to it"),
             (tmp_path / "mine", f"into {tmp_path}/mine and run again"),
         ):
-            with pytest.raises(DataError, match=rf"503.*no apt-get.*Put train-images\.gz, train-labels\.gz {where}") as caught:
-                fetch(settings(source).data, tmp_path / "raw")
+            with pytest.raises(
+                DataError, match=rf"503.*no apt-get.*Put train-images\.gz, train-labels\.gz {where}"
+            ) as caught:
+                fetch(settings(source), Workspace(tmp_path, raw=tmp_path / "raw"))
             assert "\n" not in str(caught.value)
 
 
@@ -249,9 +260,15 @@ def debian_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     fields = "Package: dho-test-data\nVersion: 1\nArchitecture: all\nMaintainer: dho <dho@example.org>\nDescription: two files\n"
     (tree / "DEBIAN" / "control").write_text(fields)
     put_source(tree / "files", True)
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", str(tree), str(folder / "data.deb")], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--build", "--root-owner-group", str(tree), str(folder / "data.deb")],
+        check=True,
+        capture_output=True,
+    )
     package = (folder / "data.deb").read_bytes()
-    (folder / "Packages").write_text(f"{fields}Filename: ./data.deb\nSize: {len(package)}\nSHA256: {hashlib.sha256(package).hexdigest()}\n")
+    (folder / "Packages").write_text(
+        f"{fields}Filename: ./data.deb\nSize: {len(package)}\nSHA256: {hashlib.sha256(package).hexdigest()}\n"
+    )
     (folder / "sources.list").write_text(f"deb [trusted=yes] file:{folder} ./\n")
     (folder / "lists" / "partial").mkdir(parents=True)
     (folder / "apt.conf").write_text(
@@ -261,9 +278,11 @@ def debian_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     return {"debian_package": "dho-test-data", "debian_folder": "files"}
 
 
-def test_debians_package_is_downloaded_and_unpacked(data_set: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debians_package_is_downloaded_and_unpacked(
+    data_set: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_set(**debian_archive(tmp_path / "debian", monkeypatch))
-    fetch(settings(None).data, tmp_path / "raw")
+    fetch(settings(None), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert holds_the_files(tmp_path / "raw")
 
 
@@ -274,7 +293,10 @@ def test_the_catalogue_names_fashion_mnists_files_by_the_digests_of_the_issue() 
 
 def test_a_folder_stays_where_it_is_and_is_listed(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", each=2, unlabelled=1)
-    fetch(from_dict({"data": {"name": "folder", "source": str(tmp_path / "images")}}).data, tmp_path / "raw")
+    fetch(
+        from_dict({"data": {"name": "folder", "source": str(tmp_path / "images")}}),
+        Workspace(tmp_path, raw=tmp_path / "raw"),
+    )
     assert [path.name for path in (tmp_path / "raw").iterdir()] == ["listing.csv"]
     lines = (tmp_path / "raw" / "listing.csv").read_text().splitlines()
     assert lines[:2] == ["source,pool,label,caption", "circle/000.jpg,train,circle,"]
@@ -290,5 +312,5 @@ def test_a_source_that_is_no_folder_of_images_is_one_line(tmp_path: Path, made: 
     elif made == "an empty folder":
         source.mkdir()
     with pytest.raises(DataError, match=r"expected a folder of images|no images found; expected") as caught:
-        fetch(from_dict({"data": {"name": "folder", "source": str(source)}}).data, tmp_path / "raw")
+        fetch(from_dict({"data": {"name": "folder", "source": str(source)}}), Workspace(tmp_path, raw=tmp_path / "raw"))
     assert str(source) in str(caught.value) and "\n" not in str(caught.value)

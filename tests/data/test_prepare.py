@@ -28,6 +28,7 @@ from PIL import Image
 
 from dho.config import Config, DataConfig, ViewsConfig, from_dict
 from dho.core.errors import DataError
+from dho.core.workspace import Workspace
 from dho.data.fetch import fetch
 from dho.data.index import Index
 from dho.data.pixels import Pixels
@@ -42,11 +43,16 @@ def config(source: Path, splits: dict[str, Any] | None = None, **data: Any) -> C
     return from_dict({"data": {"name": "folder", "source": str(source), "splits": SPLITS | (splits or {}), **data}})
 
 
+def beside(folder: Path) -> Workspace:
+    """A workspace whose raw files and prepared data set lie directly in a folder."""
+    return Workspace(folder, raw=folder / "raw", prepared=folder / "prepared")
+
+
 def run(source: Path, splits: dict[str, Any] | None = None, **data: Any) -> Index:
     """Stages fetch and prepare over a user's folder; the output is beside it."""
-    settings = config(source, splits, **data).data
-    fetch(settings, source.parent / "raw")
-    return prepare(settings, source.parent / "raw", source.parent / "prepared")
+    settings, workspace = config(source, splits, **data), beside(source.parent)
+    fetch(settings, workspace)
+    return prepare(settings, workspace)
 
 
 def rows(index: Index) -> list[dict[str, Any]]:
@@ -86,7 +92,12 @@ def png_bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 ROTATED = Image.Exif()
@@ -116,7 +127,9 @@ def good_files() -> dict[str, bytes]:
         "one-bit.png": encode(picture.convert("1"), "PNG"),
         "größe 日本.png": encode(draw_image("circle", 3, (300, 20)), "PNG"),
         "photo.webp": encode(picture, "WEBP"),
-        "moving.gif": encode(palette, "GIF", save_all=True, append_images=[draw_image("square", 1, (50, 40)).quantize(16)]),
+        "moving.gif": encode(
+            palette, "GIF", save_all=True, append_images=[draw_image("square", 1, (50, 40)).quantize(16)]
+        ),
         "pixels.bmp": encode(picture, "BMP"),
         "scan.tif": encode(picture.convert("CMYK"), "TIFF"),
         "dot.png": encode(Image.new("RGB", (1, 1), "red"), "PNG"),
@@ -184,7 +197,9 @@ def test_width_and_height_are_those_of_the_upright_image(mixed: Index) -> None:
 
 def test_unusable_files_are_listed_with_the_reason_and_skipped(mixed: Index) -> None:
     listed = rejected(mixed)
-    expected = {name: reason for name, (_, reason) in bad_files().items()} | {"link to nowhere.jpg": "cannot be read: No such file"}
+    expected = {name: reason for name, (_, reason) in bad_files().items()} | {
+        "link to nowhere.jpg": "cannot be read: No such file"
+    }
     assert set(listed) == {f"unlabelled/{name}" for name in expected}
     for name, reason in expected.items():
         assert reason in listed[f"unlabelled/{name}"], name
@@ -233,14 +248,19 @@ def test_an_image_that_max_pixels_allows_can_also_be_trained_on(tmp_path: Path) 
     assert "circle/large.png" in rejected(run(tmp_path / "images", max_rejected=0.1))
     index = run(tmp_path / "images", {"shots": 1, "val_per_class": 1}, max_pixels=60_000_000)
     assert (
-        Pixels(index, ViewsConfig(), 8, "bilinear").batch(np.flatnonzero([row["width"] == 8000 for row in rows(index)]), None).shape[0] == 1
+        Pixels(index, ViewsConfig(), 8, "bilinear")
+        .batch(np.flatnonzero([row["width"] == 8000 for row in rows(index)]), None)
+        .shape[0]
+        == 1
     )
 
 
 def test_more_rejected_than_allowed_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", each=6, unlabelled=1)
     (tmp_path / "images" / "circle" / "broken.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 of 20 files \(5\.0%\).*data\.max_rejected 4\.0%.*circle/broken\.jpg: empty file"):
+    with pytest.raises(
+        DataError, match=r"1 of 20 files \(5\.0%\).*data\.max_rejected 4\.0%.*circle/broken\.jpg: empty file"
+    ):
         run(tmp_path / "images", max_rejected=0.04)
     assert not (tmp_path / "prepared").exists()
     assert len(rejected(run(tmp_path / "images", max_rejected=0.05))) == 1
@@ -288,7 +308,11 @@ def test_shards_are_read_by_the_webdataset_package_with_labels(mixed: Index) -> 
             assert hashlib.sha256(sample[extension]).digest() == row["sha256"]
             assert sample.get("cls") == (None if row["label"] is None else str(row["label"]).encode())
     decoded = next(
-        iter(webdataset.WebDataset(str(mixed.folder / "labelled-00000.tar"), shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls"))
+        iter(
+            webdataset.WebDataset(str(mixed.folder / "labelled-00000.tar"), shardshuffle=False)
+            .decode("rgb8")
+            .to_tuple("jpg", "cls")
+        )
     )
     assert decoded[0].shape == (36, 40, 3) and decoded[1] == found[0]["label"]
 
@@ -306,7 +330,9 @@ def test_a_shard_holds_as_many_images_as_asked_and_one_split(mixed: Index) -> No
 def test_a_file_is_named_by_what_it_is_and_not_by_its_suffix(mixed: Index) -> None:
     (row,) = [row for row in rows(mixed) if row["source"].endswith("png, in truth.jpg")]
     (sample,) = [
-        sample for sample in webdataset.WebDataset(str(mixed.folder / row["shard"]), shardshuffle=False) if sample["__key__"] == row["key"]
+        sample
+        for sample in webdataset.WebDataset(str(mixed.folder / row["shard"]), shardshuffle=False)
+        if sample["__key__"] == row["key"]
     ]
     assert "png" in sample and "jpg" not in sample
 
@@ -343,10 +369,11 @@ def test_fashion_mnists_arrays_become_lossless_png(tmp_path: Path) -> None:
     }
     for part, images in arrays.items():
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(bytes(16) + images.tobytes())
-        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes(number % 10 for number in range(len(images))))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(
+            bytes(8) + bytes(number % 10 for number in range(len(images)))
+        )
     splits = {"shots": 1, "val_per_class": 1, "captions": 20, "unlabelled": 15}
-    settings = from_dict({"data": {"splits": splits}}).data
-    index = prepare(settings, tmp_path, tmp_path / "prepared")
+    index = prepare(from_dict({"data": {"splits": splits}}), beside(tmp_path).at(raw=tmp_path))
     assert card(index)["images"] == {"labelled": 10, "unlabelled": 15, "val": 10, "test": 20, "captions": 20}
     assert card(index)["left_out"] == 5
     for number, row in enumerate(rows(index)):
@@ -361,7 +388,7 @@ def test_raw_files_that_are_not_there_point_to_the_fetch_stage(tmp_path: Path) -
         FashionMnist(DataConfig(), tmp_path)
     write_folder(tmp_path / "images", each=6, unlabelled=1)
     with pytest.raises(DataError, match=r"listing\.csv: cannot be read"):
-        prepare(config(tmp_path / "images").data, tmp_path / "raw", tmp_path / "prepared")
+        prepare(config(tmp_path / "images"), beside(tmp_path))
 
 
 # Who gets which image
@@ -420,8 +447,14 @@ def test_a_huge_class_does_not_outweigh_the_others(tmp_path: Path) -> None:
     ("splits", "words"),
     [
         ({"shots": 5}, r"class 'circle' has 4 labelled images left for labelled; data\.splits\.shots asks for 5"),
-        ({"val_per_class": 9}, r"class 'circle' has 5 labelled images left for val; data\.splits\.val_per_class asks for 9"),
-        ({"captions": 30}, r"class 'circle' has 2 labelled images left for captions; data\.splits\.captions 30.* asks for 10"),
+        (
+            {"val_per_class": 9},
+            r"class 'circle' has 5 labelled images left for val; data\.splits\.val_per_class asks for 9",
+        ),
+        (
+            {"captions": 30},
+            r"class 'circle' has 2 labelled images left for captions; data\.splits\.captions 30.* asks for 10",
+        ),
         ({"shots": 4}, r"no image is left for the unlabelled split"),
         ({"shots": None, "val_per_class": 5}, r"class 'circle' has no labelled image left for training"),
     ],
@@ -471,12 +504,16 @@ LISTS = {"val": "val.csv", "test": "test.csv"}
         ("test/square.jpg", "val/stripes.jpg", ("val", "test")),
     ],
 )
-def test_the_same_image_in_two_splits_is_an_error_that_names_both(copied: Path, copy_of: str, copy: str, splits: tuple[str, str]) -> None:
+def test_the_same_image_in_two_splits_is_an_error_that_names_both(
+    copied: Path, copy_of: str, copy: str, splits: tuple[str, str]
+) -> None:
     shutil.copy(copied / copy_of, copied / copy)
     digest = hashlib.sha256((copied / copy).read_bytes()).hexdigest()[:16]
     with pytest.raises(DataError) as caught:
         run(copied, **LISTS)
-    assert str(caught.value).startswith(f"{copy} ({splits[0]}) and {copy_of} ({splits[1]}) are the same image, SHA-256 {digest}...")
+    assert str(caught.value).startswith(
+        f"{copy} ({splits[0]}) and {copy_of} ({splits[1]}) are the same image, SHA-256 {digest}..."
+    )
     assert "data.on_leak: drop" in str(caught.value)
 
 
@@ -511,7 +548,9 @@ def test_a_list_of_ones_own_comes_before_a_split_that_is_drawn(tmp_path: Path) -
 def test_copies_within_a_split_are_counted_and_kept(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", each=6, unlabelled=4)
     for number in range(3):
-        shutil.copy(tmp_path / "images" / "unlabelled" / "000.png", tmp_path / "images" / "unlabelled" / f"copy{number}.png")
+        shutil.copy(
+            tmp_path / "images" / "unlabelled" / "000.png", tmp_path / "images" / "unlabelled" / f"copy{number}.png"
+        )
     index = run(tmp_path / "images")
     assert card(index)["duplicates_within"] == {"unlabelled": 3}
     assert card(index)["images"]["unlabelled"] == 3 * 2 + 7
@@ -549,8 +588,12 @@ def test_val_test_and_captions_lists_make_their_splits(tmp_path: Path) -> None:
     write_folder(root, each=8, unlabelled=6)
     lists = {
         "val": write_csv(root / "val.csv", "path,label", [f"./{name}/000.jpg,{name}" for name in CLASSES]),
-        "test": write_csv(root / "test.csv", "path,label", [f"{name}/001.jpg,{name}" for name in CLASSES] + ["circle/002.jpg,circle"]),
-        "captions": write_csv(root / "captions.csv", "path,caption", ['unlabelled/000.png,"a mug, blue"', "unlabelled/001.png,ein Bär"]),
+        "test": write_csv(
+            root / "test.csv", "path,label", [f"{name}/001.jpg,{name}" for name in CLASSES] + ["circle/002.jpg,circle"]
+        ),
+        "captions": write_csv(
+            root / "captions.csv", "path,caption", ['unlabelled/000.png,"a mug, blue"', "unlabelled/001.png,ein Bär"]
+        ),
     }
     index = run(root, **lists)
     assert sources(index, "val") == [f"{name}/000.jpg" for name in CLASSES]
@@ -575,12 +618,24 @@ def test_val_test_and_captions_lists_make_their_splits(tmp_path: Path) -> None:
         ("labels", "path,label\ncircle/000.jpg,circle\ncircle/9.jpg,circle\n", r"row 3: no file .*circle/9\.jpg"),
         ("labels", "path,label\n\n\ncircle/9.jpg,circle\n", r"row 4: no file .*circle/9\.jpg"),
         ("labels", "path,label\n,circle\n", r"row 2: the path is empty"),
-        ("labels", "path,label\ncircle/000.jpg,circle\n./circle/000.jpg,square\n", r"row 3: circle/000\.jpg is already in row 2"),
-        ("labels", 'path,label\n"circle/000.jpg,circle\n' + "circle/001.jpg,circle\n" * 30, r"row 3\d: unexpected end of data"),
+        (
+            "labels",
+            "path,label\ncircle/000.jpg,circle\n./circle/000.jpg,square\n",
+            r"row 3: circle/000\.jpg is already in row 2",
+        ),
+        (
+            "labels",
+            'path,label\n"circle/000.jpg,circle\n' + "circle/001.jpg,circle\n" * 30,
+            r"row 3\d: unexpected end of data",
+        ),
         ("labels", f"path,label\n{'x' * 300},circle\n", r"row 2: no file"),
         ("val", "path,label\ncircle/000.jpg,\n", r"row 2: circle/000\.jpg has no label"),
         ("test", "path,label\ncircle/000.jpg\n", r"row 2: circle/000\.jpg has no label"),
-        ("captions", "path,caption\ncircle/000.jpg,a mug, blue\n", r'row 2: more fields than columns; put text with a comma in "quotes"'),
+        (
+            "captions",
+            "path,caption\ncircle/000.jpg,a mug, blue\n",
+            r'row 2: more fields than columns; put text with a comma in "quotes"',
+        ),
         ("captions", "path,caption\ncircle/000.jpg,\n", r"row 2: circle/000\.jpg has no caption"),
         ("captions", "path,label\ncircle/000.jpg,circle\n", r"row 1: no column caption; expected path,caption"),
     ],
@@ -621,7 +676,9 @@ def test_class_names_come_from_the_folders_sorted_or_from_the_parameters_in_thei
 
 def test_a_label_that_is_no_class_name_is_told_with_the_image(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", each=6, unlabelled=1)
-    with pytest.raises(DataError, match=r"stripes/000\.jpg: label 'stripes' is not among the class names circle, square"):
+    with pytest.raises(
+        DataError, match=r"stripes/000\.jpg: label 'stripes' is not among the class names circle, square"
+    ):
         run(tmp_path / "images", class_names=["circle", "square"])
 
 
@@ -631,7 +688,14 @@ def test_hidden_files_and_what_systems_leave_behind_are_passed_over(tmp_path: Pa
     (root / ".git").mkdir()
     (root / "__MACOSX" / "circle").mkdir(parents=True)
     (root / "circle" / ".ipynb_checkpoints").mkdir()
-    for name in (".DS_Store", "circle/.DS_Store", "circle/._000.jpg", "__MACOSX/circle/._000.jpg", "circle/Thumbs.db", "circle/notes.txt"):
+    for name in (
+        ".DS_Store",
+        "circle/.DS_Store",
+        "circle/._000.jpg",
+        "__MACOSX/circle/._000.jpg",
+        "circle/Thumbs.db",
+        "circle/notes.txt",
+    ):
         (root / name).write_bytes(b"not an image")
     shutil.copy(root / "circle" / "000.jpg", root / "circle" / ".ipynb_checkpoints" / "000-checkpoint.jpg")
     index = run(root)
@@ -652,7 +716,12 @@ def test_folders_below_a_class_and_links_to_folders_and_files_are_followed(tmp_p
     draw_image("stripes", 50).save(tmp_path / "more" / "050.jpg")
     (root / "stripes" / "linked").symlink_to(tmp_path / "more")
     index = run(root)
-    assert Counter(Path(row["source"]).parts[0] for row in rows(index)) == {"circle": 6, "square": 6, "stripes": 7, "unlabelled": 2}
+    assert Counter(Path(row["source"]).parts[0] for row in rows(index)) == {
+        "circle": 6,
+        "square": 6,
+        "stripes": 7,
+        "unlabelled": 2,
+    }
 
 
 def test_an_empty_class_folder_is_not_lost_in_silence(tmp_path: Path) -> None:
@@ -692,10 +761,10 @@ def test_one_class_is_too_few(tmp_path: Path) -> None:
 
 PREPARE = """
 import sys
-from pathlib import Path
 from dho.config import load
+from dho.core.workspace import Workspace
 from dho.data.prepare import prepare
-prepare(load(sys.argv[1]).data, Path(sys.argv[2]), Path(sys.argv[3]))
+prepare(load(sys.argv[1]), Workspace(raw=sys.argv[2], prepared=sys.argv[3]))
 """
 
 
@@ -731,9 +800,14 @@ def test_a_file_that_changes_or_vanishes_in_between_is_told(tmp_path: Path, monk
 
         return checked
 
-    for action in (lambda: (root / "unlabelled" / "000.png").write_bytes(b"other"), (root / "unlabelled" / "000.png").unlink):
+    for action in (
+        lambda: (root / "unlabelled" / "000.png").write_bytes(b"other"),
+        (root / "unlabelled" / "000.png").unlink,
+    ):
         monkeypatch.setattr(module, "_inspect_all", check_then(action))
-        with pytest.raises(DataError, match=r"unlabelled/000\.png changed while it was being prepared; run the stage again"):
+        with pytest.raises(
+            DataError, match=r"unlabelled/000\.png changed while it was being prepared; run the stage again"
+        ):
             run(root)
         draw_image("circle", 10_000).save(root / "unlabelled" / "000.png")
     assert contents(tmp_path / "prepared") == before
@@ -749,17 +823,25 @@ def test_a_killed_prepare_leaves_the_old_output_untouched_and_the_next_one_is_wh
             encode(Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)), "BMP")
         )
     settings = config(root)
-    fetch(settings.data, tmp_path / "raw")
-    (tmp_path / "params.yaml").write_text(json.dumps({"data": {"name": "folder", "source": str(root), "splits": SPLITS}}))
+    fetch(settings, beside(tmp_path))
+    (tmp_path / "params.yaml").write_text(
+        json.dumps({"data": {"name": "folder", "source": str(root), "splits": SPLITS}})
+    )
     arguments = [str(tmp_path / name) for name in ("params.yaml", "raw", "prepared")]
-    process = subprocess.Popen([sys.executable, "-c", PREPARE, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARE, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     unfinished = tmp_path / ".prepared.unfinished" / "unlabelled-00000.tar"
     deadline = time.monotonic() + 60
-    while not (unfinished.exists() and unfinished.stat().st_size > 0) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (unfinished.exists() and unfinished.stat().st_size > 0)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert contents(tmp_path / "prepared") == before
-    index = prepare(settings.data, tmp_path / "raw", tmp_path / "prepared")
+    index = prepare(settings, beside(tmp_path))
     assert len(index) == 3020
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "params.yaml", "prepared", "raw"]

@@ -14,7 +14,8 @@ from conftest import Tiny
 
 from dho.config import from_dict
 from dho.core.errors import ConfigError
-from dho.core.process import Process, part
+from dho.core.partition import partition
+from dho.core.process import Process
 from dho.data.pixels import Pixels
 from dho.data.streams import Batch, StreamPlan, Streams, plan
 from dho.teacher.clip import Teacher
@@ -22,11 +23,15 @@ from dho.teacher.clip import Teacher
 CPU = torch.device("cpu")
 
 
-def make_plan(unlabelled: int, batch: int, labelled: int = 7, batch_labelled: int = 4, views: int = 3, seed: int = 0) -> StreamPlan:
+def make_plan(
+    unlabelled: int, batch: int, labelled: int = 7, batch_labelled: int = 4, views: int = 3, seed: int = 0
+) -> StreamPlan:
     return StreamPlan(np.arange(labelled) + 1000, np.arange(unlabelled) * 2, batch_labelled, batch, views, seed)
 
 
-def streams(tiny: Tiny, rank: int = 0, world_size: int = 1, uses: tuple[str, ...] = ("labelled", "unlabelled"), **changes: Any) -> Streams:
+def streams(
+    tiny: Tiny, rank: int = 0, world_size: int = 1, uses: tuple[str, ...] = ("labelled", "unlabelled"), **changes: Any
+) -> Streams:
     tree = copy.deepcopy(tiny.tree)
     tree["launch"]["workers"] = changes.pop("workers", 0)
     tree["train"] |= changes
@@ -43,14 +48,19 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def shares(rows: np.ndarray[Any, Any], world_size: int) -> list[np.ndarray[Any, Any]]:
-    return [rows[part(len(rows), rank, world_size).start : part(len(rows), rank, world_size).stop] for rank in range(world_size)]
+    return [
+        rows[partition(len(rows), rank, world_size).start : partition(len(rows), rank, world_size).stop]
+        for rank in range(world_size)
+    ]
 
 
 # Which images
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(("images", "batch"), [(64, 8), (65, 8), (63, 8), (7, 8), (8, 8), (9, 8), (101, 13), (20000, 64)])
+@pytest.mark.parametrize(
+    ("images", "batch"), [(64, 8), (65, 8), (63, 8), (7, 8), (8, 8), (9, 8), (101, 13), (20000, 64)]
+)
 def test_an_epoch_uses_every_unlabelled_image_once_over_all_ranks(images: int, batch: int, world_size: int) -> None:
     streams_plan = make_plan(images, batch)
     for epoch in range(2):
@@ -125,11 +135,16 @@ def test_a_batch_holds_the_views_pixels_the_stores_embedding_and_the_label(tiny:
     index, store, config = tiny.index, tiny.store, tiny.config
     pixels = Pixels(index, config.views, config.student.input_size, config.student.interpolation)
     for step, batch in made.from_step(0):
-        for name, (rows, views) in (("labelled", made.plan.labelled_at(step)), ("unlabelled", made.plan.unlabelled_at(step))):
+        for name, (rows, views) in (
+            ("labelled", made.plan.labelled_at(step)),
+            ("unlabelled", made.plan.unlabelled_at(step)),
+        ):
             assert torch.equal(batch[name]["pixels"], pixels.batch(rows, views))
             assert batch[name]["pixels"].dtype == torch.uint8
             for i, (row, view) in enumerate(zip(rows, views, strict=True)):
-                assert torch.equal(batch[name]["embedding"][i], torch.from_numpy(store.embeddings(np.array([row]), int(view)))[0])
+                assert torch.equal(
+                    batch[name]["embedding"][i], torch.from_numpy(store.embeddings(np.array([row]), int(view)))[0]
+                )
             if name == "labelled":
                 assert batch[name]["label"].tolist() == index.labels[rows].tolist()
         assert set(batch["unlabelled"]) == {"pixels", "embedding"}  # no label can leak
@@ -148,7 +163,9 @@ def test_the_stores_embedding_is_the_teachers_of_the_very_view_the_student_sees(
     online = teacher.embed(seen)
     stored = batch["unlabelled"]["embedding"].float()
     assert torch.nn.functional.cosine_similarity(online, stored).min() > 0.9999
-    other = teacher.embed(Pixels(tiny.index, tiny.config.views, teacher.input_size, teacher.interpolation).batch(rows, views - 1))
+    other = teacher.embed(
+        Pixels(tiny.index, tiny.config.views, teacher.input_size, teacher.interpolation).batch(rows, views - 1)
+    )
     assert (online - stored).norm() < (other - stored).norm() / 2  # and not of another view
 
 
@@ -196,13 +213,27 @@ def test_the_ranks_together_have_what_one_process_has(tiny: Tiny, world_size: in
 @pytest.mark.parametrize(
     ("changes", "world_size", "words"),
     [
-        ({"batch_labelled": 1}, 2, r"train\.batch_labelled gives steps of 1 images; expected at least 2 \(2 ranks x train\.accumulate 1\)"),
-        ({"batch_labelled": 4, "accumulate": 5}, 1, r"train\.batch_labelled gives steps of 4 images; expected at least 5 \(1 ranks"),
+        (
+            {"batch_labelled": 1},
+            2,
+            r"train\.batch_labelled gives steps of 1 images; expected at least 2 \(2 ranks x train\.accumulate 1\)",
+        ),
+        (
+            {"batch_labelled": 4, "accumulate": 5},
+            1,
+            r"train\.batch_labelled gives steps of 4 images; expected at least 5 \(1 ranks",
+        ),
         ({"batch_unlabelled": 2}, 3, r"train\.batch_unlabelled gives steps of 2 images; expected at least 3"),
-        ({"batch_unlabelled": 5, "accumulate": 5}, 1, r"train\.batch_unlabelled gives steps of 4 images"),  # 66 images: 14 steps of 4 or 5
+        (
+            {"batch_unlabelled": 5, "accumulate": 5},
+            1,
+            r"train\.batch_unlabelled gives steps of 4 images",
+        ),  # 66 images: 14 steps of 4 or 5
     ],
 )
-def test_a_batch_too_small_for_the_ranks_is_an_error(tiny: Tiny, changes: dict[str, int], world_size: int, words: str) -> None:
+def test_a_batch_too_small_for_the_ranks_is_an_error(
+    tiny: Tiny, changes: dict[str, int], world_size: int, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         streams(tiny, 0, world_size, **changes)
 

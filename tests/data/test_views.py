@@ -55,7 +55,9 @@ def test_another_process_with_another_hash_seed_gets_the_same_views() -> None:
     )
     here = json.loads(json.dumps([random_view(DEFAULT, name(number), view, 640, 480) for number, view in SAMPLE]))
     for seed in ("0", "4711"):
-        result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
         assert json.loads(result.stdout) == here
 
 
@@ -75,11 +77,17 @@ def test_kept_views_are_the_same_pixels(tiny: Tiny) -> None:
     assert torch.equal(pixels.batch(rows, views), first_again)
 
 
-def test_decoded_images_are_kept_as_far_as_their_bytes_allow_and_change_no_pixel(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_images_are_kept_as_far_as_their_bytes_allow_and_change_no_pixel(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr("dho.data.pixels.decode", lambda data, max_pixels: decoded.append(data) or decode(data, max_pixels))
+    monkeypatch.setattr(
+        "dho.data.pixels.decode", lambda data, max_pixels: decoded.append(data) or decode(data, max_pixels)
+    )
     room_for_two = 2 * 4 * 40 * 36 + 100
-    pixels, fresh = (Pixels(tiny.index, tiny.config.views, 16, "bilinear", keep_bytes) for keep_bytes in (room_for_two, 0))
+    pixels, fresh = (
+        Pixels(tiny.index, tiny.config.views, 16, "bilinear", keep_bytes) for keep_bytes in (room_for_two, 0)
+    )
     rows = [3, 1, 8]
     for view in (0, 1, 0):
         assert torch.equal(pixels.batch(rows, view), fresh.batch(rows, view))
@@ -120,7 +128,9 @@ def test_area_and_aspect_stay_within_bounds_and_inside_the_image(width: int, hei
         aspects.append((right - left) / (bottom - top))
     rounding = 1.5 / min(width, height)
     assert min(shares) > scale[0] - 2 * rounding and max(shares) < scale[1] + 2 * rounding
-    assert min(shares) < scale[0] + 0.1 and max(shares) > scale[0] + 0.75 * (scale[1] - scale[0]) - 0.1  # and they spread
+    assert (
+        min(shares) < scale[0] + 0.1 and max(shares) > scale[0] + 0.75 * (scale[1] - scale[0]) - 0.1
+    )  # and they spread
     assert min(aspects) > 3 / 4 * (1 - 2 * rounding) and max(aspects) < 4 / 3 * (1 + 2 * rounding)
     assert min(aspects) < 0.95 and max(aspects) > 1.05
 
@@ -168,9 +178,12 @@ def test_two_input_sizes_look_at_the_same_part_of_the_image(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "box"), [(40, 36, (2, 0, 38, 36)), (36, 41, (0, 2, 36, 38)), (5, 5, (0, 0, 5, 5)), (1, 4, (0, 1, 1, 2))]
+    ("width", "height", "box"),
+    [(40, 36, (2, 0, 38, 36)), (36, 41, (0, 2, 36, 38)), (5, 5, (0, 0, 5, 5)), (1, 4, (0, 1, 1, 2))],
 )
-def test_the_plain_view_is_the_largest_square_in_the_middle(width: int, height: int, box: tuple[int, int, int, int]) -> None:
+def test_the_plain_view_is_the_largest_square_in_the_middle(
+    width: int, height: int, box: tuple[int, int, int, int]
+) -> None:
     assert centre_box(width, height) == box
 
 

@@ -19,9 +19,13 @@ model = mlflow.pyfunc.load_model(uri)
 names = model.metadata.metadata["class_names"]
 files = sorted(folder.iterdir())
 truth = [names[int(path.name.split("-")[0])] for path in files]
-answers = pd.concat([model.predict(pd.DataFrame({"image": files[start : start + 1000]})) for start in range(0, len(files), 1000)])
+answers = pd.concat(
+    [model.predict(pd.DataFrame({"image": files[start : start + 1000]})) for start in range(0, len(files), 1000)]
+)
 right = [label == answer for label, answer in zip(truth, answers["label"], strict=True)]
 first = sum(right[i] for i in expected["first"]) / len(expected["first"])
 print(f"{len(expected['first'])} images: {first:.4f}, all {len(right)} images: {sum(right) / len(right):.4f}")
 assert first == expected["first_accuracy"], f"the first images: {first}, torch {expected['first_accuracy']}"
-assert sum(right) / len(right) == expected["accuracy"], f"all images: {sum(right) / len(right)}, metrics.json {expected['accuracy']}"
+assert sum(right) / len(right) == expected["accuracy"], (
+    f"all images: {sum(right) / len(right)}, metrics.json {expected['accuracy']}"
+)

@@ -102,7 +102,9 @@ def test_head_outputs_cover_every_image_once_in_index_order(tiny: Tiny) -> None:
     student = Student(tiny.config.student, 3)
     index = tiny.index
     rows = index.rows("val")
-    small, whole = (head_outputs(student, index, rows, ALONE, batch_size, workers) for batch_size, workers in ((4, 1), (64, 0)))
+    small, whole = (
+        head_outputs(student, index, rows, ALONE, batch_size, workers) for batch_size, workers in ((4, 1), (64, 0))
+    )
     assert small is not None and whole is not None
     assert small.keys.tolist() == index.keys[rows].tolist() and small.labels.tolist() == index.labels[rows].tolist()
     np.testing.assert_allclose(small.ce, whole.ce, atol=1e-5)

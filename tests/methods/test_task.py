@@ -10,7 +10,7 @@ from conftest import ALONE, Tiny
 
 from dho.config import METHODS as METHOD_NAMES
 from dho.config import from_dict
-from dho.core.process import part
+from dho.core.partition import partition
 from dho.data.streams import Batch, Streams
 from dho.methods.base import METHODS, DistillationTask, create_task
 from dho.training.train import _slice
@@ -28,7 +28,9 @@ def make(tiny: Tiny, method: str = "dho", **train: object) -> tuple[Distillation
 
 
 def gradient(task: DistillationTask) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in task.student.parameters() if parameter.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in task.student.parameters() if parameter.grad is not None]
+    )
 
 
 def test_every_method_of_the_configuration_has_a_task() -> None:
@@ -106,7 +108,7 @@ def test_unequal_shares_of_ranks_average_to_the_gradient_of_one_process(tiny: Ti
         task.zero_grad()
         mine = {
             name: {
-                key: value[slice(part(sizes[name], rank, ranks).start, part(sizes[name], rank, ranks).stop)]
+                key: value[slice(partition(sizes[name], rank, ranks).start, partition(sizes[name], rank, ranks).stop)]
                 for key, value in entries.items()
             }
             for name, entries in batch.items()

@@ -23,6 +23,7 @@ from PIL import Image
 from dho.cli import main
 from dho.config import Config, RulesConfig, StudentConfig, from_dict, to_dict
 from dho.core.errors import DataError, TrackingError
+from dho.core.workspace import Workspace
 from dho.data.fetch import fetch
 from dho.data.index import Index
 from dho.data.prepare import prepare
@@ -71,18 +72,28 @@ class Shop:
         self.client.create_registered_model(name)
         for kind in kinds:
             made = self.versions[kind]
-            number = self.client.create_model_version(name, made.source, run_id=made.run_id, tags=made.tags, model_id=made.model_id).version
+            number = self.client.create_model_version(
+                name, made.source, run_id=made.run_id, tags=made.tags, model_id=made.model_id
+            ).version
             self.client.set_registered_model_alias(name, "candidate", number)
         tree = to_dict(self.config)
         tree["registry"] = {"name": name, "rules": rules}
         return from_dict(tree)
 
     def aliases(self, name: str) -> dict[str, str]:
-        return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items() if alias != "candidate"}
+        return {
+            alias: str(number)
+            for alias, number in self.client.get_registered_model(name).aliases.items()
+            if alias != "candidate"
+        }
 
     def state(self, name: str) -> Any:
         model = self.client.get_registered_model(name)
-        return model.tags, model.aliases, [version.tags for version in self.client.search_model_versions(f"name = '{name}'")]
+        return (
+            model.tags,
+            model.aliases,
+            [version.tags for version in self.client.search_model_versions(f"name = '{name}'")],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +105,18 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         for number, place in enumerate(("data", "other")):
             paint(folder / f"{place}-images", number, each=90)
             splits = {"shots": 4, "val_per_class": 5, "test_per_class": 60}
-            config = from_dict(tree | {"data": {"name": "folder", "source": str(folder / f"{place}-images"), "splits": splits}})
-            fetch(config.data, folder / f"{place}-raw")
-            prepare(config.data, folder / f"{place}-raw", folder / place)
+            config = from_dict(
+                tree | {"data": {"name": "folder", "source": str(folder / f"{place}-images"), "splits": splits}}
+            )
+            workspace = Workspace(folder, raw=folder / f"{place}-raw", prepared=folder / place)
+            fetch(config, workspace)
+            prepare(config, workspace)
         config = from_dict(tree)
         client = promotion.connect(config.tracking)
-        made = {kind: _register(config, client, folder, kind, student) for kind, student in _students(Index.load(folder / "data")).items()}
+        made = {
+            kind: _register(config, client, folder, kind, student)
+            for kind, student in _students(Index.load(folder / "data")).items()
+        }
         yield Shop(folder, config, client, made)
 
 
@@ -114,7 +131,12 @@ def _students(index: Index) -> dict[str, Student]:
         centred = torch.cat([(z - z.mean(0)) / scale, torch.ones(len(z), 1)], 1)
         names = [key.split("/")[0] for key in _sources(index)]
         truth = torch.tensor([index.class_names.index(names[row]) for row in rows])
-        weights = torch.linalg.lstsq(centred, torch.nn.functional.one_hot(truth, len(COLOURS)).float(), driver="gelsd").solution * 8
+        weights = (
+            torch.linalg.lstsq(
+                centred, torch.nn.functional.one_hot(truth, len(COLOURS)).float(), driver="gelsd"
+            ).solution
+            * 8
+        )
         for head in (good.ce_head, good.kd_head):
             assert head is not None
             head.weight.copy_((weights[:-1] / scale[:, None]).T)
@@ -144,15 +166,24 @@ def _register(config: Config, client: MlflowClient, folder: Path, kind: str, stu
     place = "other" if kind == "elsewhere" else "data"
     index = Index.load(folder / place)
     experiment = client.get_experiment_by_name("shop")
-    number = experiment.experiment_id if experiment else client.create_experiment("shop", (folder / "artifacts").as_uri())
-    run = client.create_run(number, tags={"mlflow.source.git.commit": "c" * 40, "git.dirty": "true", "hardware": "2 x test"})
+    number = (
+        experiment.experiment_id if experiment else client.create_experiment("shop", (folder / "artifacts").as_uri())
+    )
+    run = client.create_run(
+        number, tags={"mlflow.source.git.commit": "c" * 40, "git.dirty": "true", "hardware": "2 x test"}
+    )
     client.log_param(run.info.run_id, "train.seed", 7)
     client.log_param(run.info.run_id, "teacher.model", "ViT-B-16")
     prints = {"dataset": index.fingerprint, "teacher_store": "s" * 64}
     card = StudentCard(to_dict(STUDENT), ["ce", "kd"], index.class_names, "dho", run.info.run_id, 9, prints)
     save_student(folder / kind, student, card)
-    right = student.predict(_images(index, index.rows("test")), ALPHA, BETA).argmax(1).numpy() == index.labels[index.rows("test")]
-    (folder / "metrics.json").write_text(json.dumps({"alpha": ALPHA, "beta": BETA, "test": {"combined": {"top1": float(right.mean())}}}))
+    right = (
+        student.predict(_images(index, index.rows("test")), ALPHA, BETA).argmax(1).numpy()
+        == index.labels[index.rows("test")]
+    )
+    (folder / "metrics.json").write_text(
+        json.dumps({"alpha": ALPHA, "beta": BETA, "test": {"combined": {"top1": float(right.mean())}}})
+    )
     sources = Sources(folder / place, folder / "no store", folder / "no plots", folder / "no repository")
     done = register(config, folder / kind, folder / "metrics.json", folder / f"{kind}.json", sources)
     version = client.get_model_version(done["name"], str(done["version"]))
@@ -162,10 +193,15 @@ def _register(config: Config, client: MlflowClient, folder: Path, kind: str, stu
 
 def test_the_package_measures_the_same_accuracy_as_torch_exactly(shop: Shop) -> None:
     test = TestSet.of(Index.load(shop.prepared))
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/shop/{shop.versions['good'].version}")) / "artifacts/evidence"
+    folder = (
+        Path(mlflow.artifacts.download_artifacts(f"models:/shop/{shop.versions['good'].version}"))
+        / "artifacts/evidence"
+    )
     measured = json.loads((folder / "measured.json").read_text())
     assert measured["test"]["fingerprint"] == test.fingerprint == shop.versions["good"].tags["fingerprint.test"]
-    evidence = Evidence.load(folder / "test.parquet", test.fingerprint, measured["class_names"], measured["test"]["metrics"])
+    evidence = Evidence.load(
+        folder / "test.parquet", test.fingerprint, measured["class_names"], measured["test"]["metrics"]
+    )
     assert (evidence.labels == test.labels).all() and len(evidence.labels) == 180
     trained = json.loads((shop.folder / "metrics.json").read_text())  # of the last one registered
     assert trained["test"]["combined"]["top1"] > 0.9
@@ -178,7 +214,11 @@ def test_a_first_student_is_promoted_on_its_own_merits_and_the_tags_say_so(shop:
     assert decision.promoted and decision.champion is None and not decision.reasons
     assert shop.aliases("first") == {"champion": "1"}
     tags = shop.client.get_model_version("first", "1").tags
-    assert tags["promoted.by"] and tags["promoted.run_id"] == shop.versions["good"].run_id and tags["promoted.from"] == "none"
+    assert (
+        tags["promoted.by"]
+        and tags["promoted.run_id"] == shop.versions["good"].run_id
+        and tags["promoted.from"] == "none"
+    )
     assert json.loads(tags["promoted.evidence"])["top1"] > 0.9
     again = promote(config, shop.prepared)
     assert again.promoted and not again.checks and len(history(shop.client, "first")) == 1
@@ -201,7 +241,10 @@ def test_a_better_student_takes_over_and_rollback_restores_with_the_story_in_ord
         ("rollback", "2", "1"),
     ]
     assert [entry["at"] for entry in story] == sorted(entry["at"] for entry in story)
-    assert story[2]["reason"] == "answers too slowly" and story[1]["evidence"]["champion_top1"] < story[1]["evidence"]["top1"]
+    assert (
+        story[2]["reason"] == "answers too slowly"
+        and story[1]["evidence"]["champion_top1"] < story[1]["evidence"]["top1"]
+    )
     assert shop.client.get_model_version("story", "2").tags["rolled_back.reason"] == "answers too slowly"
     assert not [key for key in shop.client.get_registered_model("story").tags if key.startswith(claims.PREFIX)]
     columns, rows, lines = listing(config)
@@ -215,7 +258,12 @@ def test_a_better_student_takes_over_and_rollback_restores_with_the_story_in_ord
         ("good", "poor", {}, "gain in top-1 over the champion: -"),
         ("good", "good", {}, "interval (paired bootstrap): 0 points to 0 points"),
         ("good", "broken", {"min_gain": -1.0, "max_class_drop": 0.5}, "class that loses most: blue: -"),
-        ("good", "broken", {"min_gain": -1.0, "max_class_drop": 1.0, "min_class_recall": 0.2}, "recall of the worst class: 0.00 % (blue)"),
+        (
+            "good",
+            "broken",
+            {"min_gain": -1.0, "max_class_drop": 1.0, "min_class_recall": 0.2},
+            "recall of the worst class: 0.00 % (blue)",
+        ),
         ("poor", "elsewhere", {}, "measured on this test set"),
         (None, "good", {"min_top1": 1.0, "max_ece": 0.0}, "ECE: "),
         (None, "good", {"max_latency_ms": 0.001}, "latency (p99, one image, one thread): "),
@@ -244,7 +292,9 @@ def test_a_champion_measured_elsewhere_is_measured_again_on_this_test_set(shop: 
     assert not decision.promoted and compared["gain in top-1 over the champion"].value == "0 points"
 
 
-@pytest.mark.parametrize("file", ["artifacts/student.onnx", "code/dho_runtime.py", "MLmodel", "artifacts/evidence/test.parquet"])
+@pytest.mark.parametrize(
+    "file", ["artifacts/student.onnx", "code/dho_runtime.py", "MLmodel", "artifacts/evidence/test.parquet"]
+)
 def test_a_package_that_was_changed_after_registration_is_refused(shop: Shop, file: str) -> None:
     name = f"changed-{Path(file).name}"
     config = shop.named(name, "good")
@@ -303,7 +353,9 @@ def test_a_promotion_that_died_half_way_is_finished_or_dropped_by_the_next(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(claims.Claim, "still_valid", die) if moment.startswith("before") else patch.setattr(promotion, "_record", die)
+        patch.setattr(claims.Claim, "still_valid", die) if moment.startswith("before") else patch.setattr(
+            promotion, "_record", die
+        )
         promote(config, shop.prepared)
     assert len(history(shop.client, name)) == 1
     monkeypatch.setattr(claims, "PAUSE_S", 0.02)
@@ -334,7 +386,9 @@ def test_a_claim_lets_one_in_at_a_time(shop: Shop, monkeypatch: pytest.MonkeyPat
 
 def test_an_int8_version_is_smaller_and_stands_or_falls_with_its_own_accuracy(shop: Shop) -> None:
     """The heads were solved for, with large weights that cancel each other, so 8 bits cost this student much; trained ones lose little."""
-    config = from_dict(to_dict(shop.config) | {"registry": {"name": "int8", "precision": "int8", "rules": {"min_top1": 0.9}}})
+    config = from_dict(
+        to_dict(shop.config) | {"registry": {"name": "int8", "precision": "int8", "rules": {"min_top1": 0.9}}}
+    )
     sources = Sources(shop.prepared, shop.folder / "no store", shop.folder / "no plots", shop.folder / "no repository")
     # What training measured says nothing of this package, so it must not be found on it.
     claimed = {source: {"top1": 0.123} for source in ("combined", "ce_head")}
@@ -345,7 +399,11 @@ def test_an_int8_version_is_smaller_and_stands_or_falls_with_its_own_accuracy(sh
     done = register(config, *arguments, sources)
     assert register(config, *arguments, sources) == done
     version, whole = shop.client.get_model_version("int8", str(done["version"])), shop.versions["good"]
-    assert version.tags["precision"] == "int8" and whole.tags["precision"] == "float32" and "test/ce_head/top1" not in version.tags
+    assert (
+        version.tags["precision"] == "int8"
+        and whole.tags["precision"] == "float32"
+        and "test/ce_head/top1" not in version.tags
+    )
     assert "8-bit integers" in version.description and "8-bit integers" not in whole.description
     folder = Path(mlflow.artifacts.download_artifacts(done["uri"])) / "artifacts"
     measured = json.loads((folder / "evidence/measured.json").read_text())["test"]["metrics"]
@@ -355,7 +413,10 @@ def test_an_int8_version_is_smaller_and_stands_or_falls_with_its_own_accuracy(sh
     assert measured["top1"] == right.mean() and version.tags["test/combined/top1"] == f"{right.mean():.4f}"
     float32 = Path(mlflow.artifacts.download_artifacts(f"models:/shop/{whole.version}")) / "artifacts/student.onnx"
     assert (folder / "student.onnx").stat().st_size < 0.8 * float32.stat().st_size
-    assert {node.op_type for node in onnx.load(folder / "student.onnx").graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert {node.op_type for node in onnx.load(folder / "student.onnx").graph.node} >= {
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
     decision = promote(config, shop.prepared)
     assert decision.promoted == (right.mean() >= 0.9) and right.mean() > 1 / len(COLOURS)
 
@@ -371,7 +432,9 @@ def test_lineage_says_what_made_a_version_and_how_to_make_it_again(shop: Shop) -
         "hardware": "2 x test",
     }
     assert expected.items() <= facts.items() and facts["run_id"] == shop.versions["good"].run_id
-    assert commands[0] == f"git checkout {'c' * 40}" and "differed" in commands[1] and commands[-1] == "dvc repro register"
+    assert (
+        commands[0] == f"git checkout {'c' * 40}" and "differed" in commands[1] and commands[-1] == "dvc repro register"
+    )
     with pytest.raises(DataError, match="expected models:/NAME@ALIAS"):
         lineage(shop.config.tracking, "runs:/x/y")
     with pytest.raises(TrackingError, match="has no models:/shop@nobody"):
@@ -425,7 +488,9 @@ def _evidence(right: list[float], seed: int, images: int = 400) -> Evidence:
     labels = np.repeat(np.arange(len(right)), images)
     correct = generator.random(len(labels)) < np.asarray(right)[labels]
     guesses = np.where(correct, labels, (labels + 1) % len(right))
-    return Evidence("f", [f"class {i}" for i in range(len(right))], labels, guesses, {"top1": float(correct.mean()), "ece": 0.05})
+    return Evidence(
+        "f", [f"class {i}" for i in range(len(right))], labels, guesses, {"top1": float(correct.mean()), "ece": 0.05}
+    )
 
 
 def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:

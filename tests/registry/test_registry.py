@@ -30,7 +30,9 @@ from dho.registry.onnx_export import export_onnx
 from dho.runtime import dho_runtime
 from dho.student.model import Student, StudentCard, save_student
 
-STUDENT = StudentConfig(model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, input_size=32)
+STUDENT = StudentConfig(
+    model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, input_size=32
+)
 CLASSES = [f"class {i}" for i in range(7)]
 ALPHA, BETA = 0.4, 0.3
 FILES = [
@@ -84,7 +86,9 @@ def house(registry, tmp_path_factory):
         student = _student(folder / "student", _run(client), ("ce", "kd"))
         _metrics(folder / "metrics.json", ALPHA, BETA)
         images = _images()
-        result = registry.register(config, folder / "student", folder / "metrics.json", folder / "out.json", example=images[0])
+        result = registry.register(
+            config, folder / "student", folder / "metrics.json", folder / "out.json", example=images[0]
+        )
         model = mlflow.pyfunc.load_model(f"models:/{config.registry.name}@candidate")
         yield House(folder, config, client, student, result, images, model)
 
@@ -107,13 +111,20 @@ def _student(folder: Path, run_id: str, heads: tuple[str, ...], seed: int = 0) -
             torch.nn.init.normal_(head.weight, std=3.0)
     method = "dho" if len(heads) == 2 else heads[0]
     fingerprints = {"data": "d" * 64, "parameters": "p" * 64}
-    save_student(folder, student, StudentCard(to_dict(STUDENT), list(heads), CLASSES, method, run_id, 100, fingerprints))
+    save_student(
+        folder, student, StudentCard(to_dict(STUDENT), list(heads), CLASSES, method, run_id, 100, fingerprints)
+    )
     return student
 
 
 def _metrics(path: Path, alpha: float | None, beta: float | None) -> None:
     per_class = {"a (b) & c": 0.5, "never seen": None}
-    test = {"combined": {"top1": 0.75, "ece": 0.1, "per_class": per_class}, "ce_head": {"top1": 0.5}, "teacher": {}, "images": 100}
+    test = {
+        "combined": {"top1": 0.75, "ece": 0.1, "per_class": per_class},
+        "ce_head": {"top1": 0.5},
+        "teacher": {},
+        "images": 100,
+    }
     path.write_text(json.dumps({"alpha": alpha, "beta": beta, "val": {}, "test": test}))
 
 
@@ -122,7 +133,9 @@ def _images() -> list[bytes]:
     generator = np.random.default_rng(0)
 
     def picture(width: int, height: int, bands: int) -> np.ndarray:
-        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 4), np.uint8), "RGBA").resize((width, height), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 4), np.uint8), "RGBA").resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         return np.asarray(coarse)[..., :bands]
 
     def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -211,7 +224,12 @@ def test_candidate_predicts_where_torch_and_dho_cannot_be_imported(house, tmp_pa
     """
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout.splitlines()[-1])
@@ -244,16 +262,25 @@ def test_with_on_error_null_bad_images_get_a_reason_and_the_others_an_answer(hou
     assert [answers["label"][i] for i in (1, 8)] == list(good["label"])
     assert [answers["error"][i] for i in (1, 8)] == [None, None]
     bad = answers.drop(index=[1, 8])
-    assert all(error.startswith(reason) for error, reason in zip(bad["error"], ["empty file", *BAD.values()], strict=True))
-    assert all(value is None for name in ("label", "probability", "top_labels", "top_probabilities") for value in bad[name])
+    assert all(
+        error.startswith(reason) for error, reason in zip(bad["error"], ["empty file", *BAD.values()], strict=True)
+    )
+    assert all(
+        value is None for name in ("label", "probability", "top_labels", "top_probabilities") for value in bad[name]
+    )
 
 
 @pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "instances", "inputs"])
 def test_a_server_takes_base64_in_each_of_mlflows_forms_and_answers_in_strict_json(house, form):
     texts = [base64.b64encode(data).decode() for data in (house.images[9], b"no image", house.images[0])]
     body = {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}, "inputs": {"image": texts}}
-    request = {form: body.get(form, [{"image": text} for text in texts]), "params": {"on_error": "null", "alpha": 1, "top_k": 2}}
-    answer = scoring_server.invocations(json.dumps(request), "application/json", house.model, house.model.metadata.get_input_schema())
+    request = {
+        form: body.get(form, [{"image": text} for text in texts]),
+        "params": {"on_error": "null", "alpha": 1, "top_k": 2},
+    }
+    answer = scoring_server.invocations(
+        json.dumps(request), "application/json", house.model, house.model.metadata.get_input_schema()
+    )
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -320,7 +347,12 @@ def test_more_images_than_a_call_may_hold_are_refused(house):
 
 def test_a_folder_is_labelled_into_a_parquet_file(house, tmp_path):
     (tmp_path / "photos/deep").mkdir(parents=True)
-    for name, data in (("b.jpg", house.images[0]), ("deep/a.PNG", house.images[3]), ("broken.png", b"no image"), ("notes.txt", b"text")):
+    for name, data in (
+        ("b.jpg", house.images[0]),
+        ("deep/a.PNG", house.images[3]),
+        ("broken.png", b"no image"),
+        ("notes.txt", b"text"),
+    ):
         (tmp_path / "photos" / name).write_bytes(data)
     uri = f"models:/{house.config.registry.name}@candidate"
     assert score(house.config.tracking, uri, [tmp_path / "photos"], tmp_path / "out.parquet") == (2, 1)
@@ -333,7 +365,9 @@ def test_a_folder_is_labelled_into_a_parquet_file(house, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "params", [{"alpha": 1.5}, {"alpha": float("nan")}, {"beta": 0.0}, {"top_k": 0}, {"batch_size": 0}, {"on_error": "ignore"}], ids=str
+    "params",
+    [{"alpha": 1.5}, {"alpha": float("nan")}, {"beta": 0.0}, {"top_k": 0}, {"batch_size": 0}, {"on_error": "ignore"}],
+    ids=str,
 )
 def test_a_parameter_that_is_not_allowed_is_named(house, params):
     with pytest.raises(MlflowException, match=f"{next(iter(params))} is .*; expected "):
@@ -342,12 +376,24 @@ def test_a_parameter_that_is_not_allowed_is_named(house, params):
 
 def test_the_package_holds_no_pickle_and_pins_what_it_needs(house):
     folder = Path(mlflow.artifacts.download_artifacts(house.result["uri"]))
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
     # The registry adds its own note when a version is downloaded.
     assert [name for name in files if name != "registered_model_meta"] == FILES
-    assert not any(path.read_bytes()[:1] == b"\x80" for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert not any(
+        path.read_bytes()[:1] == b"\x80" for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    )
     lines = (folder / "requirements.txt").read_text().splitlines()
-    assert sorted(line.split("==")[0] for line in lines) == ["mlflow-skinny", "numpy", "onnxruntime", "pandas", "pillow"]
+    assert sorted(line.split("==")[0] for line in lines) == [
+        "mlflow-skinny",
+        "numpy",
+        "onnxruntime",
+        "pandas",
+        "pillow",
+    ]
     card = json.loads((folder / "artifacts/card.json").read_text())
     assert (card["class_names"], card["heads"], card["alpha"], card["beta"]) == (CLASSES, ["ce", "kd"], ALPHA, BETA)
     assert card["run_id"] == house.result["run_id"] and card["fingerprints"]["data"] == "d" * 64
@@ -358,15 +404,27 @@ def test_the_version_says_where_it_comes_from_and_leaves_the_run_as_it_was(house
     assert result == house.result
     version = house.client.get_model_version_by_alias(result["name"], "candidate")
     assert (int(version.version), version.status, version.run_id) == (1, "READY", result["run_id"])
-    expected = {"method": "dho", "alpha": "0.4", "beta": "0.3", "test/combined/top1": "0.7500", "test/ce_head/top1": "0.5000"}
+    expected = {
+        "method": "dho",
+        "alpha": "0.4",
+        "beta": "0.3",
+        "test/combined/top1": "0.7500",
+        "test/ce_head/top1": "0.5000",
+    }
     assert expected.items() <= version.tags.items()
     assert version.tags["fingerprint.data"] == "d" * 64 and version.tags["onnx.sha256"] == result["sha256"]
     run = house.client.get_run(result["run_id"])
     assert (run.info.status, run.info.end_time) == ("FAILED", 1_700_000_000_000)
     assert len(house.client.get_metric_history(result["run_id"], "test/combined/top1")) == 1
     model = house.client.get_logged_model(result["model_id"])
-    assert (model.experiment_id, model.source_run_id, model.status) == (run.info.experiment_id, run.info.run_id, "READY")
-    assert model.artifact_location.startswith((house.folder / "artifacts").as_uri()) and model.params == {"train.eta": "2.0"}
+    assert (model.experiment_id, model.source_run_id, model.status) == (
+        run.info.experiment_id,
+        run.info.run_id,
+        "READY",
+    )
+    assert model.artifact_location.startswith((house.folder / "artifacts").as_uri()) and model.params == {
+        "train.eta": "2.0"
+    }
     assert (model.model_id, 100) in [(output.model_id, output.step) for output in run.outputs.model_outputs]
     assert {metric.key: metric.value for metric in model.metrics} == {
         "test/combined/top1": 0.75,

@@ -57,7 +57,15 @@ class House:
         run = client.create_run(number)
         torch.manual_seed(seed)
         student = Student(STUDENT, 3).eval()
-        card = StudentCard(to_dict(STUDENT), ["ce", "kd"], self.tiny.index.class_names, "dho", run.info.run_id, 9, {"dataset": "d" * 64})
+        card = StudentCard(
+            to_dict(STUDENT),
+            ["ce", "kd"],
+            self.tiny.index.class_names,
+            "dho",
+            run.info.run_id,
+            9,
+            {"dataset": "d" * 64},
+        )
         save_student(self.folder / name / "student", student, card)
         (self.folder / name / "metrics.json").write_text(json.dumps({"alpha": 0.4, "beta": 0.5}))
         tree = to_dict(self.config)
@@ -121,7 +129,9 @@ def test_a_student_is_registered_promoted_loaded_and_rolled_back_on_postgresql_a
 
 def test_a_user_who_may_read_can_load_and_not_promote_and_wrong_credentials_are_one_line(house: House) -> None:
     client = house.log_in("reader")
-    config = from_dict(to_dict(house.config) | {"registry": {"name": "whole", "rules": {"min_gain": -1.0, "max_class_drop": 1.0}}})
+    config = from_dict(
+        to_dict(house.config) | {"registry": {"name": "whole", "rules": {"min_gain": -1.0, "max_class_drop": 1.0}}}
+    )
     before = client.get_registered_model("whole")
     assert mlflow.pyfunc.load_model("models:/whole@champion").metadata.metadata["heads"] == ["ce", "kd"]
     with pytest.raises(TrackingError, match="does not allow reader to do this: it cannot promote version 2") as caught:
@@ -168,7 +178,9 @@ def test_a_server_killed_while_registering_leaves_one_version_and_no_alias_of_a_
     assert len(_models(client, config)) == count + 1
 
 
-def test_a_server_killed_while_promoting_is_caught_up_by_the_next_promotion(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_killed_while_promoting_is_caught_up_by_the_next_promotion(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = house.log_in("releaser")
     config = from_dict(to_dict(house.config) | {"registry": {"name": "killed", "rules": {}}})
     whole = MlflowClient.set_registered_model_alias

@@ -62,7 +62,9 @@ def test_text_weights_are_the_mean_over_templates_of_normalised_prompts(tiny: Ti
         tokens = teacher.tokenizer(["a photo of a square.", "square"])
         one = teacher.model.encode_text(tokens, normalize=True).mean(0)
     torch.testing.assert_close(weights[1], one / one.norm())
-    np.testing.assert_allclose(tiny.store.logits(np.eye(64)[:1]), tiny.store.logit_scale * tiny.store.text_weights[:, :1].T, rtol=1e-5)
+    np.testing.assert_allclose(
+        tiny.store.logits(np.eye(64)[:1]), tiny.store.logit_scale * tiny.store.text_weights[:, :1].T, rtol=1e-5
+    )
 
 
 def test_meta_says_where_the_store_comes_from(tiny: Tiny) -> None:
@@ -84,7 +86,9 @@ def test_meta_says_where_the_store_comes_from(tiny: Tiny) -> None:
         ({"teacher": {"model": "ViT-B-16", "pretrained": "openai"}}, "teacher.model"),
     ],
 )
-def test_a_store_that_does_not_match_is_refused_by_name(tiny: Tiny, sections: dict[str, dict[str, object]], words: str) -> None:
+def test_a_store_that_does_not_match_is_refused_by_name(
+    tiny: Tiny, sections: dict[str, dict[str, object]], words: str
+) -> None:
     with pytest.raises(StoreMismatch, match="does not match") as refused:
         TeacherStore.open(tiny.store_folder, tiny.index, changed(tiny, **sections))
     assert words in str(refused.value) and "\n" not in str(refused.value)
@@ -97,15 +101,20 @@ def test_a_store_of_other_data_is_refused_by_name(tiny: Tiny) -> None:
         TeacherStore.open(tiny.store_folder, index, tiny.config)
 
 
-def test_other_weights_under_the_same_name_are_refused_and_replaced_only_when_told(tiny: Tiny, store_copy: Path) -> None:
+def test_other_weights_under_the_same_name_are_refused_and_replaced_only_when_told(
+    tiny: Tiny, store_copy: Path
+) -> None:
     meta = json.loads((store_copy / "meta.json").read_text())
     meta["teacher"]["weights_sha256"] = "f" * 64
     (store_copy / "meta.json").write_text(json.dumps(meta))
     before = (store_copy / "train-00000.npy").stat().st_mtime_ns
     with pytest.raises(StoreMismatch, match=r"teacher\.weights_sha256"):
-        teach(tiny.config, tiny.prepared, store_copy, ALONE)
+        teach(tiny.config, tiny.workspace.at(teacher=store_copy), ALONE)
     assert (store_copy / "train-00000.npy").stat().st_mtime_ns == before
-    assert teach(tiny.config, tiny.prepared, store_copy, ALONE, rebuild=True).fingerprint == tiny.store.fingerprint
+    assert (
+        teach(tiny.config, tiny.workspace.at(teacher=store_copy), ALONE, rebuild=True).fingerprint
+        == tiny.store.fingerprint
+    )
 
 
 def test_new_prompts_make_new_text_weights_and_leave_the_embeddings_alone(tiny: Tiny, store_copy: Path) -> None:
@@ -113,7 +122,7 @@ def test_new_prompts_make_new_text_weights_and_leave_the_embeddings_alone(tiny: 
         return {path.name: path.stat().st_mtime_ns for path in store_copy.glob("*-*.npy")}
 
     before = shards()
-    store = teach(changed(tiny, data={"templates": ["one {} drawn"]}), tiny.prepared, store_copy, ALONE)
+    store = teach(changed(tiny, data={"templates": ["one {} drawn"]}), tiny.workspace.at(teacher=store_copy), ALONE)
     assert shards() == before
     assert not np.allclose(store.text_weights, tiny.store.text_weights)
     assert store.fingerprint != tiny.store.fingerprint
@@ -127,7 +136,7 @@ def test_a_store_that_is_not_complete_is_refused_and_continued_where_it_stopped(
     kept = (store_copy / "train-00001.npy").stat().st_mtime_ns
     with pytest.raises(StoreMismatch, match="not complete"):
         TeacherStore.open(store_copy, tiny.index, tiny.config)
-    assert teach(tiny.config, tiny.prepared, store_copy, ALONE).fingerprint == tiny.store.fingerprint
+    assert teach(tiny.config, tiny.workspace.at(teacher=store_copy), ALONE).fingerprint == tiny.store.fingerprint
     assert (store_copy / "train-00001.npy").stat().st_mtime_ns == kept
 
 
@@ -139,7 +148,9 @@ def test_killed_in_the_middle_and_run_again_on_two_ranks_gives_the_same_store(ti
     tree["teacher"]["batch_size"] = 2
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "dho", "teach"]
-    first = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     store = tmp_path / "data" / "teacher"
     deadline = time.monotonic() + 120
     while not list(store.glob("train-*.npy")):
@@ -149,14 +160,18 @@ def test_killed_in_the_middle_and_run_again_on_two_ranks_gives_the_same_store(ti
     first.wait()
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
     for path in tiny.store_folder.glob("*.npy"):
-        np.testing.assert_allclose(np.load(store / path.name).astype(np.float32), np.load(path).astype(np.float32), atol=2e-3)
+        np.testing.assert_allclose(
+            np.load(store / path.name).astype(np.float32), np.load(path).astype(np.float32), atol=2e-3
+        )
 
 
 def test_any_open_clip_checkpoint_file_is_loaded_with_its_own_preprocessing_and_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-S-32-alt", load_weights=False)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    teacher = Teacher.load(TeacherConfig(model="ViT-S-32-alt", pretrained=str(tmp_path / "weights.pt")), torch.device("cpu"))
+    teacher = Teacher.load(
+        TeacherConfig(model="ViT-S-32-alt", pretrained=str(tmp_path / "weights.pt")), torch.device("cpu")
+    )
     assert teacher.input_size == 224 and teacher.interpolation == "bicubic"
     assert teacher.mean == pytest.approx(list(open_clip.OPENAI_DATASET_MEAN))
     assert teacher.logit_scale == pytest.approx(float(model.logit_scale.exp()))
@@ -166,11 +181,14 @@ def test_any_open_clip_checkpoint_file_is_loaded_with_its_own_preprocessing_and_
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
     with torch.inference_mode():
         expected = model.eval().encode_image(transform(image)[None], normalize=True)
-    torch.testing.assert_close(teacher.embed(torch.from_numpy(np.asarray(image).copy())[None]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        teacher.embed(torch.from_numpy(np.asarray(image).copy())[None]), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("model", "pretrained"), [("no-such-model", "openai"), ("ViT-B-32", "no-such-tag"), ("local-dir:/nowhere", None), ("ViT-B-32", None)]
+    ("model", "pretrained"),
+    [("no-such-model", "openai"), ("ViT-B-32", "no-such-tag"), ("local-dir:/nowhere", None), ("ViT-B-32", None)],
 )
 def test_a_teacher_that_cannot_be_loaded_is_one_line(model: str, pretrained: str | None) -> None:
     with pytest.raises(DataError, match="cannot be loaded") as refused:
@@ -180,7 +198,9 @@ def test_a_teacher_that_cannot_be_loaded_is_one_line(model: str, pretrained: str
 
 def test_made_captions_are_wrong_as_often_as_configured_and_always_the_same(tiny: Tiny) -> None:
     index = tiny.index
-    settings = dataclasses.replace(tiny.config.pretrain, caption_templates=["{}"], confusions={"circle": {"square": 0.5, "stripes": 0.25}})
+    settings = dataclasses.replace(
+        tiny.config.pretrain, caption_templates=["{}"], confusions={"circle": {"square": 0.5, "stripes": 0.25}}
+    )
     rows, captions = captioned(index, settings)
     assert captioned(index, settings)[1] == captions
     assert set(rows) == set(index.rows("captions"))

@@ -41,7 +41,12 @@ class Server:
 
     def start(self) -> None:
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts")]
+        stores = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
         # Without the job runner, of which these tests use nothing, the server is up in half the time.
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
@@ -218,7 +223,9 @@ def test_sources_are_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_telemetry_is_off() -> None:
     # In a process of its own: MLflow also turns it off where it sees pytest or CI.
-    code = "import dho.tracking.run; from mlflow.telemetry import get_telemetry_client as client; assert client() is None"
+    code = (
+        "import dho.tracking.run; from mlflow.telemetry import get_telemetry_client as client; assert client() is None"
+    )
     keep = {key: os.environ[key] for key in ("PATH", "HOME", "PYTHONPATH") if key in os.environ}
     subprocess.run([sys.executable, "-c", code], env=keep, check=True)
 
@@ -229,7 +236,9 @@ def test_run_holds_parameters_tags_inputs_metrics_and_artifacts(config: Tracking
     }
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "losses.svg").write_text("<svg/>")
-    with Tracker.open(config, tmp_path / "spool", run_name="first", params=params, tags={"git.dirty": "false"}) as tracker:
+    with Tracker.open(
+        config, tmp_path / "spool", run_name="first", params=params, tags={"git.dirty": "false"}
+    ) as tracker:
         tracker.log_input("fashion_mnist", "ab" * 32, "data/prepared", "training")
         tracker.log_input("fashion_mnist", "ab" * 32, "data/prepared", "training")
         tracker.log_metrics({"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 1.0}, 7)
@@ -237,7 +246,11 @@ def test_run_holds_parameters_tags_inputs_metrics_and_artifacts(config: Tracking
         tracker.log_artifacts(tmp_path / "plots", "plots")
     run = tracker._client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "first" and run.data.tags["git.dirty"] == "false"
-    assert run.data.params["train.eta"] == "2.0" and run.data.params["data.source"] == "null" and run.data.params["p119"] == "119"
+    assert (
+        run.data.params["train.eta"] == "2.0"
+        and run.data.params["data.source"] == "null"
+        and run.data.params["p119"] == "119"
+    )
     parts = [run.data.params[key] for key in ("data.class_names", "data.class_names.2", "data.class_names.3")]
     assert json.loads("".join(parts)) == ["name"] * 2000
     (entry,) = run.inputs.dataset_inputs
@@ -250,13 +263,17 @@ def test_run_holds_parameters_tags_inputs_metrics_and_artifacts(config: Tracking
 
 
 def test_system_metrics_go_on(server: Server, tmp_path: Path) -> None:
-    with Tracker.open(TrackingConfig(uri=server.uri, experiment="tests", system_metrics_every=0.5), tmp_path) as tracker:
+    with Tracker.open(
+        TrackingConfig(uri=server.uri, experiment="tests", system_metrics_every=0.5), tmp_path
+    ) as tracker:
         time.sleep(2.5)
     assert len(history(tracker, "system/cpu_utilization_percentage")) >= 4
     assert max(step for step, _ in history(tracker, "system/disk_usage_percentage")) >= 2  # seconds
 
 
-def test_refused_metric_does_not_hold_up_the_others(config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_metric_does_not_hold_up_the_others(
+    config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Tracker.open(config, tmp_path) as tracker:
         for step in range(5):
             tracker.log_metrics({"before": step, "what?": step, "after": step}, step)
@@ -265,7 +282,9 @@ def test_refused_metric_does_not_hold_up_the_others(config: TrackingConfig, tmp_
     assert len(warnings) == 1 and "'what?'" in warnings[0]
 
 
-def test_metrics_wait_in_memory_while_the_disk_is_full(config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_wait_in_memory_while_the_disk_is_full(
+    config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Tracker.open(config, tmp_path) as tracker:
         tracker.log_metrics({"train/loss": 1.0}, 1)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -282,7 +301,9 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(config: TrackingConfig, t
     assert "lost" not in caplog.text
 
 
-def test_restart_continues_the_same_run(config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_restart_continues_the_same_run(
+    config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     params = {"train.eta": 2.0, "train.workers": 1}
     with pytest.raises(ValueError), Tracker.open(config, tmp_path, params=params) as first:
         log_steps(first, range(5))
@@ -386,7 +407,11 @@ def test_deleted_run_and_experiment_are_one_clear_line(server: Server, tmp_path:
 
 
 def test_server_killed_and_started_again_has_every_metric_once(
-    server: Server, config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    config: TrackingConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.WARNING)
     with Tracker.open(config, tmp_path) as tracker:

@@ -21,7 +21,7 @@ from conftest import ALONE, Tiny, change
 from mlflow import MlflowClient
 
 from dho.config import load
-from dho.core.workspace import CHECKPOINTS, PREPARED, STORE, TRAINED
+from dho.core.workspace import Workspace
 from dho.student.model import load_student
 from dho.training.train import Trainer, train
 
@@ -43,7 +43,7 @@ def train_whole(folder: Path, processes: int) -> None:
 
 def train_here(folder: Path) -> None:
     """What `dho train` does with one process, without the time it takes to start one."""
-    assert train(load(folder / "params.yaml"), folder / PREPARED, folder / STORE, folder / TRAINED, folder / CHECKPOINTS, ALONE)
+    assert train(load(folder / "params.yaml"), Workspace(folder), ALONE)
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:
@@ -96,7 +96,9 @@ def runs_of(tiny: Tiny, folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def pair(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Path, str]:
+def pair(
+    request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path, Path, str]:
     """(processes, folder of an uninterrupted training, folder of one that was ended three times, output of its last start)."""
     processes: int = request.param
     whole = workplace(tiny, tmp_path_factory.mktemp("whole") / "w")
@@ -141,7 +143,9 @@ def test_a_checkpoint_that_fails_its_manifest_is_skipped_with_a_warning(pair: tu
     assert "goes on from" in output
 
 
-def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(pair: tuple[int, Path, Path, str], tiny: Tiny) -> None:
+def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(
+    pair: tuple[int, Path, Path, str], tiny: Tiny
+) -> None:
     processes, whole, broken, _ = pair
     client = MlflowClient(tiny.tree["tracking"]["uri"])
     histories = []
@@ -151,13 +155,25 @@ def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(pair: tupl
         assert run.data.params["train.method"] == "dho"
         assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"folder", "teacher store"}
         names = [name for name in run.data.metrics if name.startswith(("train/", "val/"))]
-        assert {"train/loss/ce", "train/loss/kd_unlabelled", "train/learning_rate", "val/ce_head/top1", "val/kd_head/top1"} <= set(names)
-        histories.append({name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names})
+        assert {
+            "train/loss/ce",
+            "train/loss/kd_unlabelled",
+            "train/learning_rate",
+            "val/ce_head/top1",
+            "val/kd_head/top1",
+        } <= set(names)
+        histories.append(
+            {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in names}
+        )
     whole_history, broken_history = histories
-    assert all(count == 1 for name in broken_history for count in Counter(step for step, _ in broken_history[name]).values())
+    assert all(
+        count == 1 for name in broken_history for count in Counter(step for step, _ in broken_history[name]).values()
+    )
     assert set(broken_history) == set(whole_history)
     for name, values in whole_history.items():
-        np.testing.assert_allclose(sorted(broken_history[name]), sorted(values), rtol=1e-5 if processes > 1 else 0, err_msg=name)
+        np.testing.assert_allclose(
+            sorted(broken_history[name]), sorted(values), rtol=1e-5 if processes > 1 else 0, err_msg=name
+        )
     experiment = client.get_experiment_by_name("tests")
     run_ids = [load_student(folder / "outputs/train/student")[1].run_id for folder in (whole, broken)]
     with_these = client.search_runs([experiment.experiment_id])
@@ -177,7 +193,9 @@ def test_two_processes_train_on_the_same_batches_as_one(tiny: Tiny, tmp_path: Pa
     students = []
     for processes in (1, 2):
         folder = workplace(tiny, tmp_path / str(processes), epochs=1, learning_rate=1e-4)
-        tree = yaml.safe_load((folder / "params.yaml").read_text()) | {"student": {"model": "test_vit", "input_size": 160}}
+        tree = yaml.safe_load((folder / "params.yaml").read_text()) | {
+            "student": {"model": "test_vit", "input_size": 160}
+        }
         (folder / "params.yaml").write_text(yaml.safe_dump(tree))
         train_whole(folder, processes)
         students.append(np.load(folder / "outputs/train/head_outputs/val.npz"))
@@ -224,7 +242,13 @@ def test_mlflow_down_at_the_start_is_one_clear_line(tiny: Tiny, tmp_path: Path) 
     folder = workplace(tiny, tmp_path / "w")
     environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     result = subprocess.run(
-        [sys.executable, "-m", "dho", "train"], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        [sys.executable, "-m", "dho", "train"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("dho: ")]

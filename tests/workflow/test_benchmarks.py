@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ALONE, Tiny
 
-from dho.core.workspace import CHECKPOINTS, EVALUATED, PREPARED, STORE, TRAINED, UNSENT
+from dho.core.workspace import Workspace
 from dho.evaluation import evaluate as report
 from dho.training.train import train
 
@@ -20,7 +20,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+def benchmark(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str]]:
     """`benchmark("int8", ROUNDS=1)`: run one where its stages have been run, with a constant changed; returns the lines it prints."""
     monkeypatch.chdir(tiny.workplace(tmp_path))
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -54,16 +56,20 @@ def test_allocator_measures_in_processes_of_their_own(benchmark: Callable[..., l
     assert ratio(last) > 0
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "2"), ("--teacher", "ViT-B-32", "--steps", "1")], ids=["own", "ViT-B-32"])
-def test_teacher_store_measures_with_and_without_it(benchmark: Callable[..., list[str]], arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--steps", "2"), ("--teacher", "ViT-B-32", "--steps", "1")], ids=["own", "ViT-B-32"]
+)
+def test_teacher_store_measures_with_and_without_it(
+    benchmark: Callable[..., list[str]], arguments: tuple[str, ...]
+) -> None:
     first, last = benchmark("teacher_store", *arguments, ROUNDS=1)
     assert re.fullmatch(r"round 1: an epoch with the store [0-9.]+ s, with the teacher online [0-9.]+ s", first)
     assert ratio(last) > (1 if "ViT-B-32" in arguments else 0)
 
 
 def test_int8_measures_size_and_time(benchmark: Callable[..., list[str]], tiny: Tiny) -> None:
-    assert train(tiny.config, PREPARED, STORE, TRAINED, CHECKPOINTS, ALONE)
-    report.evaluate(tiny.config, PREPARED, STORE, TRAINED, EVALUATED, UNSENT)
+    assert train(tiny.config, Workspace(), ALONE)
+    report.evaluate(tiny.config, Workspace())
     lines = benchmark("int8", CALLS=5)
     assert [line.split(":")[0] for line in lines if "top-1" in line] == ["float32", "int8"]
     size, time = (ratio(line) for line in lines[-2:])

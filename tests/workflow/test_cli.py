@@ -56,7 +56,11 @@ def test_params_prints_every_setting_with_its_meaning(capsys: pytest.CaptureFixt
     ],
 )
 def test_what_is_missing_is_one_line_that_says_what_to_do(
-    arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = said(capsys, *arguments)
@@ -67,7 +71,7 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny.tree))
     (tmp_path / "data").mkdir()
-    shutil.copytree(tiny.folder / "raw", tmp_path / "data/raw")
+    shutil.copytree(tiny.workspace.raw, tmp_path / "data/raw")
     done = subprocess.run(
         [sys.executable, "-m", "dho", "prepare"],
         cwd=tmp_path,
@@ -76,7 +80,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny: Tiny, tmp
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("dho: ") and done.stderr.endswith("; make room, then run it again\n") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("dho: ")
+        and done.stderr.endswith("; make room, then run it again\n")
+        and done.stderr.count("\n") == 1
+    )
     assert not (tmp_path / "data/prepared").exists()
 
 
@@ -98,9 +106,10 @@ def test_a_folder_without_a_store_is_refused_before_anything_is_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dho.core.errors import StoreMismatch
+    from dho.core.workspace import Workspace
     from dho.training.train import train
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StoreMismatch, match="no teacher store"):
-        train(tiny.config, tiny.prepared, tmp_path / "none", tmp_path / "out", tmp_path / "checkpoints", ALONE)
+        train(tiny.config, Workspace(tmp_path, prepared=tiny.prepared, teacher=tmp_path / "none"), ALONE)
     assert not list(tmp_path.iterdir())

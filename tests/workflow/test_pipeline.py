@@ -50,7 +50,9 @@ def own_images(root: Path) -> None:
     """What people really have: sizes and modes of all kinds, and a few files that are no images any more."""
     write_folder(root, each=28, unlabelled=20)
     for number, mode in enumerate(("CMYK", "L", "L", "1")):
-        draw_image("circle", 500 + number, (60 + 9 * number, 48)).convert(mode).save(root / "circle" / f"mode{number}.jpg")
+        draw_image("circle", 500 + number, (60 + 9 * number, 48)).convert(mode).save(
+            root / "circle" / f"mode{number}.jpg"
+        )
     draw_image("square", 600, (200, 150)).convert("RGBA").save(root / "square" / "alpha.PNG")
     draw_image("square", 601, (31, 90)).convert("P").save(root / "square" / "palette.gif")
     turned = draw_image("stripes", 602, (90, 60))
@@ -105,7 +107,11 @@ def test_a_second_repro_does_nothing(project: Path) -> None:
 
 def test_broken_files_are_listed_and_the_others_converted(project: Path) -> None:
     rejected = (project / "data/prepared/rejected.csv").read_text().splitlines()[1:]
-    assert [line.split(",")[0] for line in rejected] == ["circle/empty.jpg", "square/truncated.jpg", "unlabelled/page.png"]
+    assert [line.split(",")[0] for line in rejected] == [
+        "circle/empty.jpg",
+        "square/truncated.jpg",
+        "unlabelled/page.png",
+    ]
     card = json.loads((project / "data/prepared/dataset.json").read_text())
     assert card["rejected"] == 3 and card["class_names"] == list(CLASSES)
     assert card["images"]["labelled"] == 12
@@ -239,7 +245,9 @@ def pod(storage: str, revision: str, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("stage", ["teach", "train"])
-def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: Path, storage: str, stage: str, tmp_path: Path) -> None:
+def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(
+    project: Path, storage: str, stage: str, tmp_path: Path
+) -> None:
     from dho.cluster.revision import collect
 
     revision = run(project, "dho", "publish", "--for", stage, **KEYS).splitlines()[-1]
@@ -265,7 +273,9 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: P
         collect(project, revision, stage, out)
     made = {"teach": project / "data/teacher", "train": project / "outputs/train"}[stage]
     same = [
-        path.relative_to(made) for path in made.rglob("*") if path.is_file() and path.suffix in (".npy", ".safetensors", ".csv", ".npz")
+        path.relative_to(made)
+        for path in made.rglob("*")
+        if path.is_file() and path.suffix in (".npy", ".safetensors", ".csv", ".npz")
     ]
     assert len(same) >= 3
     for path in same:
@@ -285,7 +295,9 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(project: P
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "check the S3 credentials"),
     ],
 )
-def test_a_pod_that_cannot_pull_says_why_in_one_line(storage: str, tmp_path: Path, changed: dict[str, str], words: str) -> None:
+def test_a_pod_that_cannot_pull_says_why_in_one_line(
+    storage: str, tmp_path: Path, changed: dict[str, str], words: str
+) -> None:
     output = run(tmp_path, "dho", "job", "pull", ok=False, **(pod(storage, "0" * 64) | changed))
     assert words in output and output.count("\n") == 1 and output.startswith("dho: ")
 

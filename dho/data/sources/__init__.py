@@ -95,7 +95,9 @@ class Folder:
             label = row["label"] or None
             if label is not None and label not in numbers:
                 raise DataError(f"{row['source']}: label {label!r} is not among the class names {', '.join(names)}")
-            self.records.append(Record(row["source"], row["pool"], None if label is None else numbers[label], row["caption"] or None))
+            self.records.append(
+                Record(row["source"], row["pool"], None if label is None else numbers[label], row["caption"] or None)
+            )
 
     def read(self, number: int) -> bytes:
         return (self._root / self.records[number].source).read_bytes()
@@ -111,11 +113,17 @@ def write_listing(config: DataConfig, raw: Path) -> None:
     if not root.is_dir():
         raise DataError(f"data.source is {str(root)!r}; expected a folder of images")
     rows: list[dict[str, str]] = []
-    for pool, name, column in (("val", config.val, "label"), ("test", config.test, "label"), ("captions", config.captions, "caption")):
+    for pool, name, column in (
+        ("val", config.val, "label"),
+        ("test", config.test, "label"),
+        ("captions", config.captions, "caption"),
+    ):
         if name is not None:
             rows += [{**row, "pool": pool} for row in _user_csv(root, name, column, may_be_empty=False)]
     taken = {row["source"] for row in rows}
-    train = _class_folders(root, config.class_names) if config.labels is None else _user_csv(root, config.labels, "label")
+    train = (
+        _class_folders(root, config.class_names) if config.labels is None else _user_csv(root, config.labels, "label")
+    )
     rows += [{**row, "pool": "train"} for row in train if row["source"] not in taken]
     if not rows:
         raise DataError(f"{root}: no images found; expected {root}/<class>/*.jpg, or data.labels, a CSV of path,label")
@@ -128,16 +136,23 @@ def write_listing(config: DataConfig, raw: Path) -> None:
 
 def _class_folders(root: Path, class_names: list[str] | None) -> Iterable[dict[str, str]]:
     """source and label of every image below root/<class> and root/unlabelled; hidden files and folders are passed over."""
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"):
+    for folder in sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
+    ):
         if folder.name != UNLABELLED_FOLDER and folder.name.lower() in ("unlabelled", "unlabeled"):
-            raise DataError(f"{folder} would be a class of its own; call the folder of unlabelled images {UNLABELLED_FOLDER!r}")
+            raise DataError(
+                f"{folder} would be a class of its own; call the folder of unlabelled images {UNLABELLED_FOLDER!r}"
+            )
         images = sorted(_images_below(folder))
         if not images and folder.name != UNLABELLED_FOLDER and (class_names is None or folder.name in class_names):
             raise DataError(
                 f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); add some, remove it, or name the classes in data.class_names"
             )
         for path in images:
-            yield {"source": path.relative_to(root).as_posix(), "label": "" if folder.name == UNLABELLED_FOLDER else folder.name}
+            yield {
+                "source": path.relative_to(root).as_posix(),
+                "label": "" if folder.name == UNLABELLED_FOLDER else folder.name,
+            }
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
@@ -197,7 +212,9 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterable[tuple[int, dict[
                     raise DataError(f"{path}, row 1: no column {', '.join(missing)}; expected {','.join(columns)}")
                 for cells in reader:
                     if len(cells) > len(header):
-                        raise DataError(f'{path}, row {reader.line_num}: more fields than columns; put text with a comma in "quotes"')
+                        raise DataError(
+                            f'{path}, row {reader.line_num}: more fields than columns; put text with a comma in "quotes"'
+                        )
                     if cells:
                         row = dict(zip(header, cells, strict=False))
                         yield reader.line_num, {column: row.get(column, "") for column in columns}

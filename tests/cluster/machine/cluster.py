@@ -78,7 +78,12 @@ class Cluster:
         self.namespace = namespace
 
     def kubectl(
-        self, *arguments: str, check: bool = True, stdin: str | None = None, timeout: float = 300, namespace: str | None = None
+        self,
+        *arguments: str,
+        check: bool = True,
+        stdin: str | None = None,
+        timeout: float = 300,
+        namespace: str | None = None,
     ) -> str:
         """Run kubectl; returns what it printed (with `check=False` its errors as well)."""
         command = ["kubectl", "--namespace", namespace or self.namespace, *arguments]
@@ -96,7 +101,9 @@ class Cluster:
         return answer
 
     def pods(self, selector: str, namespace: str | None = None) -> list[dict[str, Any]]:
-        answer = self.client.core.list_namespaced_pod(namespace or self.namespace, label_selector=selector, _preload_content=False)
+        answer = self.client.core.list_namespaced_pod(
+            namespace or self.namespace, label_selector=selector, _preload_content=False
+        )
         items: list[dict[str, Any]] = json.loads(answer.data)["items"]
         return items
 
@@ -235,12 +242,18 @@ class Cluster:
 
     def _start_api_server(self) -> None:
         subprocess.run([HERE / "component.sh", self._machine("starting the API server"), "apiserver"], check=True)
-        wait_until(lambda: self.kubectl("get", "--raw", "/readyz", check=False) == "ok", 90, "the API server does not come back")
+        wait_until(
+            lambda: self.kubectl("get", "--raw", "/readyz", check=False) == "ok",
+            90,
+            "the API server does not come back",
+        )
 
     def pretend_nodes(self, count: int, gpus: int = 8) -> None:
         """Add nodes `gpu-1` ... that report pods as running and run nothing (kwok), tainted as GPU nodes are."""
         subprocess.run([HERE / "pretend.sh", self._machine("adding nodes"), str(count), str(gpus)], check=True)
-        wait_until(lambda: all(self.ready(f"gpu-{number}") for number in (1, count)), 120, "the pretended nodes are not Ready")
+        wait_until(
+            lambda: all(self.ready(f"gpu-{number}") for number in (1, count)), 120, "the pretended nodes are not Ready"
+        )
 
 
 def _number(node: str) -> str:

@@ -31,7 +31,8 @@ class Published:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unverified HTTPS request")  # our own kubeconfig says so
     config.addinivalue_line(
-        "markers", "nodes: needs nodes, disks or a control plane that may be broken; on a cluster that is not ours skipped"
+        "markers",
+        "nodes: needs nodes, disks or a control plane that may be broken; on a cluster that is not ours skipped",
     )
 
 
@@ -42,14 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not any(item.iter_markers("timeout")):
                 item.add_marker(pytest.mark.timeout(1500))
             if "DHO_CLUSTER" not in os.environ and any(item.iter_markers("nodes")):
-                item.add_marker(pytest.mark.skip("breaks nodes, disks or the control plane, and this cluster is not ours"))
+                item.add_marker(
+                    pytest.mark.skip("breaks nodes, disks or the control plane, and this cluster is not ours")
+                )
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
     """The cluster, with namespace `dho`: PodSecurity `restricted` enforced, a volume for PersistentVolumeClaim dho-checkpoints."""
     if os.environ.get("DHO_TEST_CLUSTER") != "1" or "KUBECONFIG" not in os.environ:
-        pytest.exit("these tests need a cluster: `make cluster-test`, or KUBECONFIG and DHO_TEST_CLUSTER=1 for one of yours", returncode=2)
+        pytest.exit(
+            "these tests need a cluster: `make cluster-test`, or KUBECONFIG and DHO_TEST_CLUSTER=1 for one of yours",
+            returncode=2,
+        )
     own = os.environ.get("DHO_CLUSTER")
     made = Cluster(Path(own) if own else None, NAMESPACE)
     made.make_namespace(NAMESPACE)
@@ -72,7 +78,10 @@ def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """`publish(train={"epochs": 1})`: `dho publish` of this checkout's real data with some parameters changed."""
     for path in ("data/prepared", "data/teacher", ".dvc/cache"):
         if not (ROOT / path).exists():
-            pytest.exit(f"{ROOT / path} is missing: the cluster's jobs train on the real data, run `make repro` first", returncode=2)
+            pytest.exit(
+                f"{ROOT / path} is missing: the cluster's jobs train on the real data, run `make repro` first",
+                returncode=2,
+            )
 
     # As they are now: a `dvc repro` that is still training changes the lock, and with it the revision.
     pipeline = {name: (ROOT / name).read_text() for name in ("dvc.yaml", "dvc.lock")}

@@ -48,7 +48,11 @@ class Job:
         """Types of the job's conditions that hold."""
         job = self.cluster.client.job(self.name)
         assert job is not None, f"no PyTorchJob {self.name}"
-        return [condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"]
+        return [
+            condition["type"]
+            for condition in job.get("status", {}).get("conditions", [])
+            if condition["status"] == "True"
+        ]
 
     def pods(self) -> list[dict[str, Any]]:
         return self.cluster.pods(f"{JOB_LABEL}={self.name}")
@@ -109,14 +113,23 @@ class Job:
 
     def story(self) -> str:
         """What a person would look at after a failure."""
-        parts = [self.cluster.kubectl(*words.split(), check=False) for words in (f"describe pytorchjob {self.name}", "get pods -o wide")]
-        parts += [self.cluster.kubectl("describe", "pod", pod["metadata"]["name"], check=False)[-1500:] for pod in self.pods()]
-        return "\n".join([*parts, self.logs(tail_lines=40), "-- before the last restart:", self.logs(tail_lines=40, previous=True)])
+        parts = [
+            self.cluster.kubectl(*words.split(), check=False)
+            for words in (f"describe pytorchjob {self.name}", "get pods -o wide")
+        ]
+        parts += [
+            self.cluster.kubectl("describe", "pod", pod["metadata"]["name"], check=False)[-1500:] for pod in self.pods()
+        ]
+        return "\n".join(
+            [*parts, self.logs(tail_lines=40), "-- before the last restart:", self.logs(tail_lines=40, previous=True)]
+        )
 
     def run(self) -> Any:
         """The one MLflow run that this job made."""
         experiments = [experiment.experiment_id for experiment in self.mlflow.search_experiments()]
-        runs = [run for run in self.mlflow.search_runs(experiments) if run.info.start_time >= self.started * 1000 - 1000]
+        runs = [
+            run for run in self.mlflow.search_runs(experiments) if run.info.start_time >= self.started * 1000 - 1000
+        ]
         assert len(runs) == 1, f"{len(runs)} MLflow runs: {[run.info.run_id for run in runs]}\n{self.story()}"
         assert runs[0].info.status == "FINISHED"
         return runs[0]

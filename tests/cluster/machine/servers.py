@@ -74,7 +74,9 @@ class Platform:
         workload = WORKLOADS[server]
         self.cluster.kubectl("scale", workload, "--replicas=0", namespace=NAMESPACE)
         pods = ["pod", "-l", f"app.kubernetes.io/name={server}"]
-        self.cluster.kubectl("delete", *pods, "--grace-period=0", "--force", namespace=NAMESPACE)  # it dies, it does not say goodbye
+        self.cluster.kubectl(
+            "delete", *pods, "--grace-period=0", "--force", namespace=NAMESPACE
+        )  # it dies, it does not say goodbye
         self.cluster.kubectl("wait", *pods, "--for=delete", "--timeout=90s", namespace=NAMESPACE)
         try:
             yield
@@ -99,11 +101,23 @@ class Platform:
 
     def _wait(self, workload: str) -> None:
         said = self.cluster.kubectl(
-            "rollout", "status", workload, f"--timeout={START_S}s", check=False, timeout=START_S + 30, namespace=NAMESPACE
+            "rollout",
+            "status",
+            workload,
+            f"--timeout={START_S}s",
+            check=False,
+            timeout=START_S + 30,
+            namespace=NAMESPACE,
         )
-        if "successfully rolled out" not in said and "roll out complete" not in said and "rolling update complete" not in said:
+        if (
+            "successfully rolled out" not in said
+            and "roll out complete" not in said
+            and "rolling update complete" not in said
+        ):
             pods = self.cluster.kubectl("get", "pods,pvc,events", "-o", "wide", check=False, namespace=NAMESPACE)
-            logs = self.cluster.kubectl("logs", workload, "--all-containers", "--tail=40", check=False, namespace=NAMESPACE)
+            logs = self.cluster.kubectl(
+                "logs", workload, "--all-containers", "--tail=40", check=False, namespace=NAMESPACE
+            )
             raise AssertionError(f"{workload}: {said}\n{pods}\n{logs}")
 
     def _address(self, service: str) -> str:
@@ -113,7 +127,14 @@ class Platform:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = ["kubectl", "--namespace", NAMESPACE, "port-forward", f"service/{service}", f"{port}:{PORTS[service]}"]
+        command = [
+            "kubectl",
+            "--namespace",
+            NAMESPACE,
+            "port-forward",
+            f"service/{service}",
+            f"{port}:{PORTS[service]}",
+        ]
         self._forwards.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
         deadline = time.monotonic() + 30
         while True:

@@ -77,7 +77,9 @@ def made(cluster: Cluster) -> Iterator[Space]:
     finally:
         space.kubectl("delete", "pytorchjobs", "--all", "--cascade=foreground", check=False)
         space.kubectl("delete", "namespace", space.name, "--wait=false")
-        space.kubectl("delete", "persistentvolume", f"{space.name}-dho-checkpoints", "--ignore-not-found", "--wait=false")
+        space.kubectl(
+            "delete", "persistentvolume", f"{space.name}-dho-checkpoints", "--ignore-not-found", "--wait=false"
+        )
 
 
 @pytest.fixture
@@ -122,11 +124,16 @@ def launched(cluster: Cluster) -> dict[str, tuple[subprocess.CompletedProcess[st
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(CANNOT_START)) as pool:
         spaces = {name: stack.enter_context(made(cluster)) for name in CANNOT_START}
         done = {name: pool.submit(trouble.launch, spaces[name]) for name, trouble in CANNOT_START.items()}
-        return {name: (future.result(), spaces[name].kubectl("get", "pytorchjobs", "-o", "name")) for name, future in done.items()}
+        return {
+            name: (future.result(), spaces[name].kubectl("get", "pytorchjobs", "-o", "name"))
+            for name, future in done.items()
+        }
 
 
 @pytest.mark.parametrize("name", CANNOT_START)
-def test_why_a_job_does_not_start_is_said_in_one_line(name: str, launched: dict[str, tuple[subprocess.CompletedProcess[str], str]]) -> None:
+def test_why_a_job_does_not_start_is_said_in_one_line(
+    name: str, launched: dict[str, tuple[subprocess.CompletedProcess[str], str]]
+) -> None:
     done, jobs = launched[name]
     assert done.returncode == NOT_STARTED, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -147,7 +154,10 @@ def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> 
         rest = launch.stdout.read()
     assert launch.returncode == INTERRUPTED
     where = f"--namespace {space.name}"
-    assert rest == f"launch: job goes on without this; `dho logs job -f {where}` follows it, `dho stop job {where}` removes it\n"
+    assert (
+        rest
+        == f"launch: job goes on without this; `dho logs job -f {where}` follows it, `dho stop job {where}` removes it\n"
+    )
     again = space.launch()
     assert again.returncode == 1
     assert again.stderr.startswith("dho: job job is there already (Suspended): ") and again.stderr.count("\n") == 1
@@ -155,7 +165,9 @@ def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> 
     assert re.search(r"job .*Suspended .*2", listed), listed
     assert space.dho("stop", "job").returncode == 0
     deadline = time.monotonic() + 60
-    while space.kubectl("get", "pytorchjobs,configmaps", "-o", "name").replace("configmap/kube-root-ca.crt", "").strip():
+    while (
+        space.kubectl("get", "pytorchjobs,configmaps", "-o", "name").replace("configmap/kube-root-ca.crt", "").strip()
+    ):
         assert time.monotonic() < deadline, "the job's ConfigMap has to go with the job"
         time.sleep(1)
     gone = space.dho("stop", "job")

@@ -37,7 +37,11 @@ def test_the_platform_is_accepted(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(
     "launch",
-    [Launch(nodes=64, gpus=8, queue="team"), Launch(gpus=1, elastic=(1, 4), stage="teach"), Launch(nodes=1, name="alone")],
+    [
+        Launch(nodes=64, gpus=8, queue="team"),
+        Launch(gpus=1, elastic=(1, 4), stage="teach"),
+        Launch(nodes=1, name="alone"),
+    ],
     ids=lambda launch: "-".join(launch.overlays()),
 )
 def test_what_dho_launch_renders_is_accepted(cluster: Cluster, launch: Launch) -> None:
@@ -77,7 +81,9 @@ def test_the_schema_that_dho_launch_checks_with_is_the_operators_own(cluster: Cl
     if cluster.own is None:
         pytest.skip("the operator's files are not at hand on this cluster")
     crd = yaml.load((cluster.own / "programs/manifests/kubeflow.org_pytorchjobs.yaml").read_text(), yaml.CSafeLoader)
-    assert json.loads(gzip.decompress(Path(schema.__file__).with_name(schema.SCHEMA).read_bytes())) == schema.schema_of_crd(crd)
+    assert json.loads(
+        gzip.decompress(Path(schema.__file__).with_name(schema.SCHEMA).read_bytes())
+    ) == schema.schema_of_crd(crd)
 
 
 def test_the_patch_of_the_operator_fits_its_deployment(cluster: Cluster) -> None:
@@ -88,9 +94,17 @@ def test_the_patch_of_the_operator_fits_its_deployment(cluster: Cluster) -> None
         "image": "kubeflow/training-operator:v1.9.4",
         "volumeMounts": [{"name": "cert", "mountPath": "/tmp"}],
     }
-    pod = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [container], "volumes": [{"name": "cert", "emptyDir": {}}]}}
+    pod = {
+        "metadata": {"labels": {"a": "b"}},
+        "spec": {"containers": [container], "volumes": [{"name": "cert", "emptyDir": {}}]},
+    }
     spec = {"replicas": 0, "selector": {"matchLabels": {"a": "b"}}, "template": pod}
-    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator"}, "spec": spec}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "training-operator"},
+        "spec": spec,
+    }
     cluster.apply([deployment], namespace="t-operator")
     folder = ROOT / "k8s/platform/operator"
     try:

@@ -39,7 +39,9 @@ kubectl() {
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_commands_of_the_platform_page_are_accepted(number: int, platform: Platform, cluster: Cluster, tmp_path: Path) -> None:
+def test_the_commands_of_the_platform_page_are_accepted(
+    number: int, platform: Platform, cluster: Cluster, tmp_path: Path
+) -> None:
     node = json.loads(cluster.kubectl("get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
     (tmp_path / "k8s").symlink_to(ROOT / "k8s")
     lines = [line for line in BLOCKS[number].splitlines() if not line.startswith(tuple(ELSEWHERE))]
@@ -48,7 +50,9 @@ def test_the_commands_of_the_platform_page_are_accepted(number: int, platform: P
         (tmp_path / "secrets").mkdir()
         (tmp_path / "secrets/credentials").write_text("[default]\n")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", SHELL + text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", "-c", SHELL + text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{text}\n{done.stderr}"
     if "openssl" in text:
         identities = json.loads((tmp_path / "secrets/config.json").read_text())["identities"]

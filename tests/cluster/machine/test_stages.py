@@ -26,7 +26,9 @@ def project(cluster: Cluster, platform: Platform, tiny: Any, tmp_path: Path) -> 
     cluster.make_volume(NAMESPACE, "dho-checkpoints", "10Gi", USER)
     cluster.make_secret(NAMESPACE, "dho-s3", {"credentials": platform.folder / "credentials"})
     folder = tmp_path / "clone"
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith("tests/") and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -50,7 +52,13 @@ def project(cluster: Cluster, platform: Platform, tiny: Any, tmp_path: Path) -> 
 def dvc(folder: Path, platform: Platform, *arguments: str) -> str:
     environment = os.environ | platform.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["dvc", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
+        ["dvc", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, f"dvc {' '.join(arguments)}:\n{done.stdout}"
     return done.stdout
@@ -67,8 +75,12 @@ def test_dvc_repro_teaches_and_trains_on_the_cluster(project: Path, platform: Pl
     assert sorted(job.split("/")[1].rsplit("-", 1)[0] for job in jobs) == ["dho-teach", "dho-train"]
     for job in jobs:
         assert f"launch: {job.split('/')[1]} Succeeded after " in output, output
-    committed = subprocess.run(["git", "show", "HEAD:dvc.lock"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    here, there = (yaml.safe_load(text)["stages"]["train"]["outs"] for text in (committed, (project / "dvc.lock").read_text()))
+    committed = subprocess.run(
+        ["git", "show", "HEAD:dvc.lock"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    here, there = (
+        yaml.safe_load(text)["stages"]["train"]["outs"] for text in (committed, (project / "dvc.lock").read_text())
+    )
     assert [out["path"] for out in there] == [out["path"] for out in here]
     assert (project / "outputs/register.json").exists()
     assert ran(dvc(project, platform, "repro")) == []

@@ -66,7 +66,11 @@ def start(cluster: Any, platform: Any, request: pytest.FixtureRequest) -> Iterat
     jobs: list[Job] = []
 
     def start(revision: Revision, overlay: str | None = None) -> Job:
-        documents = list(yaml.safe_load_all((ROOT / "k8s/pytorchjob.yaml").read_text())) if overlay is None else cluster.kustomize(overlay)
+        documents = (
+            list(yaml.safe_load_all((ROOT / "k8s/pytorchjob.yaml").read_text()))
+            if overlay is None
+            else cluster.kustomize(overlay)
+        )
         name = f"t{len(jobs)}-" + request.node.name.removeprefix("test_").replace("_", "-")[:30].strip("-")
         job = Job(cluster, name, with_revision(documents, name, revision.name), platform.mlflow)
         jobs.append(job)
@@ -89,7 +93,10 @@ def trained_here(work: Path) -> dict[str, float]:
         subprocess.run(["nice", "-n", "19", *command], cwd=work, env=environment, check=True, timeout=1200)
     metrics = json.loads((work / "outputs/evaluate/metrics.json").read_text())["test"]
     return {
-        f"test/{source}/{name}": value for source, values in metrics.items() for name, value in values.items() if isinstance(value, float)
+        f"test/{source}/{name}": value
+        for source, values in metrics.items()
+        for name, value in values.items()
+        if isinstance(value, float)
     }
 
 
@@ -102,9 +109,22 @@ def test_launch_follows_although_s3_and_the_api_server_are_down_for_a_while(
 ) -> None:
     started = time.time()
     cluster.clear_checkpoints()
-    command = [sys.executable, "-m", "dho", "launch", "--namespace", cluster.namespace, "--name", "launched", "--revision", real.name]
+    command = [
+        sys.executable,
+        "-m",
+        "dho",
+        "launch",
+        "--namespace",
+        cluster.namespace,
+        "--name",
+        "launched",
+        "--revision",
+        real.name,
+    ]
     with (tmp_path / "log").open("w") as log, platform.without("s3"):
-        launched = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | platform.environment)
+        launched = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | platform.environment
+        )
         time.sleep(60)
     job = Job(cluster, "launched", [], platform.mlflow, started)
     job.wait_for_step(40)
@@ -166,11 +186,15 @@ def test_kubectl_apply_trains_on_two_nodes_and_registers_what_torchrun_makes_her
     version = platform.mlflow.get_model_version_by_alias("dho-student", "candidate")
     # On a platform that has seen this job before, the same package is the version that it was then.
     same(platform.mlflow.get_run(version.run_id), real)
-    assert float(version.tags["test/combined/top1"]) == pytest.approx(real.here.result()["test/combined/top1"], abs=1e-4)
+    assert float(version.tags["test/combined/top1"]) == pytest.approx(
+        real.here.result()["test/combined/top1"], abs=1e-4
+    )
 
 
 @pytest.mark.nodes
-def test_a_node_that_is_lost_and_comes_back_and_is_then_lost_for_good(start: Callable[..., Job], narrow: Revision, cluster: Any) -> None:
+def test_a_node_that_is_lost_and_comes_back_and_is_then_lost_for_good(
+    start: Callable[..., Job], narrow: Revision, cluster: Any
+) -> None:
     job = start(narrow)
     job.wait_for_checkpoint(0)
     node = job.node_of("worker-0")

@@ -17,10 +17,18 @@ for folder, count, brightness in (("dark", 40, 60), ("light", 40, 190), ("unlabe
         Image.fromarray(pixels).save(f"images/{folder}/{number:03d}.png")
 
 parameters = {
-    "data": {"name": "folder", "source": "images", "splits": {"shots": 4, "val_per_class": 5, "test_per_class": 5, "captions": 24}},
+    "data": {
+        "name": "folder",
+        "source": "images",
+        "splits": {"shots": 4, "val_per_class": 5, "test_per_class": 5, "captions": 24},
+    },
     "teacher": {"batch_size": 16},
     "pretrain": {"architecture": str(resources.files("dho") / "teacher/dho-tiny.json"), "epochs": 1, "batch_size": 8},
-    "student": {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, "input_size": 32},
+    "student": {
+        "model": "resnet18",
+        "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]},
+        "input_size": 32,
+    },
     "train": {"epochs": 4, "batch_labelled": 8, "batch_unlabelled": 8},
     "launch": {"workers": 1, "processes": 1},
 }
