@@ -21,6 +21,7 @@ from dho.data.index import Index
 from dho.evaluation.head_outputs import HeadOutputs
 from dho.evaluation.metrics import measure, sources
 from dho.evaluation.tuning import search
+from dho.teacher.classifier import open_classifier
 from dho.teacher.store import TeacherStore
 from dho.training.train import train
 
@@ -64,8 +65,8 @@ def main() -> None:
                 f"seed {seed} {method}: {shown} (alpha {best.alpha:g}, beta {best.beta:g}; {seconds:.0f} s)", flush=True
             )
 
-    rows = index.rows("test")
-    teacher = store.logits(store.embeddings(rows, part_name="eval"))
+    rows, classifier = index.rows("test"), open_classifier(config.teacher.classifier, store)
+    teacher = classifier.logits(store.embeddings(rows, part_name="eval"))
     table = Table("test top-1, %", "mean", "std", "seeds")
     table.add_row("teacher, zero-shot", f"{100 * float((teacher.argmax(1) == index.labels[rows]).mean()):.2f}", "", "")
     for label, values in top1.items():

@@ -20,7 +20,7 @@ from dho.data.index import Index
 from dho.registry.onnx_export import export_onnx
 from dho.registry.onnx_int8 import calibration_batches, quantise_onnx, seen_by
 from dho.runtime.dho_runtime import mix
-from dho.student.model import load_student
+from dho.student.saved import load_student
 
 ROUNDS, CALLS = 5, 200
 

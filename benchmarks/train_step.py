@@ -19,7 +19,6 @@ from dho.config import Config, load
 from dho.core.process import process_group
 from dho.core.workspace import Workspace
 from dho.student.model import Student
-from dho.tracking.run import Tracker
 from dho.training.train import Trainer
 
 
@@ -33,8 +32,8 @@ class Measured(Trainer):
         self.since = time.perf_counter()
         self.real_seconds, self.bare_seconds = 0.0, 0.0
 
-    def end_epoch(self, tracker: Tracker | None) -> None:
-        super().end_epoch(tracker)
+    def end_epoch(self) -> None:
+        super().end_epoch()
         real = time.perf_counter() - self.since
         steps = self.streams.plan.steps_per_epoch
         bare = self.bare.seconds(steps // 2) * steps / (steps // 2)
@@ -83,7 +82,7 @@ def main() -> None:
         trainer = Measured(
             load(), Workspace(trained=Path(folder) / "out", checkpoints=Path(folder) / "checkpoints"), process
         )
-        trainer.loop(None)
+        trainer.loop()
     print(f"ratio {trainer.bare_seconds / trainer.real_seconds:.2f}")
 
 

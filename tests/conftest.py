@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,14 @@ class Tiny:
         tree = self.tree | {"train": self.tree["train"] | train}
         (folder / "params.yaml").write_text(yaml.safe_dump(tree))
         return folder
+
+
+def changed(tiny: Tiny, **sections: dict[str, object]) -> Config:
+    """The parameters of `tiny` with some settings of a section changed."""
+    tree = copy.deepcopy(tiny.tree)
+    for section, values in sections.items():
+        tree[section] |= values
+    return from_dict(tree)
 
 
 @pytest.fixture(scope="module", autouse=True)

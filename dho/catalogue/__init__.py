@@ -1,1 +1,40 @@
-"""What can be chosen by name, one row each."""
+"""What can be chosen by name: one row each, with the "module:Class" that implements it, imported when it is needed.
+
+    resolve("dho.methods.dual_head:DualHead")
+
+A user may name a class of their own in the same way; its module must be importable where dho runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dho.core.errors import ConfigError
+
+
+class Row(Protocol):
+    """What every row of a catalogue has."""
+
+    @property
+    def doc(self) -> str:
+        """One short phrase that says what it is."""
+
+
+def resolve(name: str) -> Any:
+    """Import what "module:Name" names; raises `ConfigError` where there is no such module or name."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise  # it is there, and one of its own imports is not
+        raise ConfigError(f"{name}: no module {module!r} to import; install it, or set PYTHONPATH") from error
+    except AttributeError as error:
+        raise ConfigError(f"{name}: module {module!r} has no {attribute!r}") from error
+
+
+def listed(rows: Mapping[str, Row]) -> str:
+    """Names and phrases of a catalogue's rows in one line, for the documentation of a setting."""
+    return "; ".join(f"{name}: {row.doc}" for name, row in rows.items())

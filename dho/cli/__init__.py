@@ -97,8 +97,9 @@ def train(params: Params = PARAMS) -> None:
     if _on_cluster(params, "train", Workspace().trained):
         return
     config = _in_torchrun(params, "train")
+    from dho.core.errors import STOPPED
     from dho.core.process import process_group
-    from dho.training.train import STOPPED, train
+    from dho.training.train import train
 
     with process_group() as process:
         finished = train(config, Workspace(), process)
@@ -327,8 +328,8 @@ def job_train(params: Params = PARAMS) -> None:
     """Train under torchrun; rank 0 then evaluates, registers and pushes the results to the DVC remote."""
     config = _in_torchrun(params, "job", "train")
     from dho.cluster.pod import train_in_pod
+    from dho.core.errors import STOPPED
     from dho.core.process import process_group
-    from dho.training.train import STOPPED
 
     with process_group() as process:
         finished = train_in_pod(config, process)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import field
@@ -18,12 +19,16 @@ from typing import Any
 
 from dho.core.errors import ConfigError
 
+OWN_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A class of the user's own: "module:Class"."""
+
 
 def setting(
     default: Any,
     doc: str,
     *,
     choices: tuple[Any, ...] | None = None,
+    names: tuple[str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -34,10 +39,11 @@ def setting(
         default: value used when the key is absent; lists and dicts are copied for each instance.
         doc: one sentence, with the unit where there is one.
         choices: the allowed values.
+        names: rows of the catalogue that may be chosen by name; "module:Class" chooses one of the user's own.
         low, high: inclusive bounds of a number (for a list: of each element).
         above: exclusive lower bound.
     """
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    metadata = {"doc": doc, "choices": choices, "names": names, "low": low, "high": high, "above": above}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -100,6 +106,8 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
         }
     if limits["choices"] is not None and value not in limits["choices"]:
         raise refuse(_describe(hint, limits))
+    if limits["names"] is not None and value not in limits["names"] and not OWN_CLASS.fullmatch(value):
+        raise refuse(_describe(hint, limits))
     if isinstance(value, float) and not math.isfinite(value):
         raise refuse(_describe(hint, limits))
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -112,6 +120,8 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
 def _describe(hint: Any, limits: Any) -> str:
     if limits["choices"] is not None:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
+    if limits["names"] is not None:
+        return "one of " + ", ".join(limits["names"]) + ", or module:Class"
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     words = " or ".join(
@@ -123,3 +133,14 @@ def _describe(hint: Any, limits: Any) -> str:
         if limits[key] is not None
     ]
     return " ".join([words, *([" and ".join(bounds)] if bounds else [])])
+
+
+def mapping_keys(cls: Any, prefix: str = "") -> frozenset[str]:
+    """Dotted keys of the settings whose value is a mapping of the user's own keys and not a section."""
+    keys: set[str] = set()
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= mapping_keys(hint, f"{prefix}{name}.")
+        elif any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint))):
+            keys.add(f"{prefix}{name}")
+    return frozenset(keys)

@@ -1,4 +1,19 @@
-"""Errors a user can cause. The command line prints them as one line and exits with 1, without a traceback."""
+"""Errors a user can cause, and every exit status.
+
+The command line prints such an error as one line, without a traceback, and exits with `FAILED`.
+"""
+
+SUCCEEDED = 0
+FAILED = 1
+"""An error, or a job that failed."""
+REFUSED = 3
+"""A promotion or rollback that the rules, or another process, stand against; nothing was changed."""
+NOT_STARTED = 4
+"""A job that did not start in time."""
+INTERRUPTED = 130
+"""Ctrl-C: 128 + SIGINT, as a shell would say."""
+STOPPED = 143
+"""A training that was told to stop: 128 + SIGTERM, as a shell would say."""
 
 
 class DhoError(Exception):

@@ -23,7 +23,8 @@ from dho.evaluation import plots
 from dho.evaluation.head_outputs import HeadOutputs
 from dho.evaluation.metrics import confusion, measure, per_class, reliability, sources
 from dho.evaluation.tuning import search
-from dho.student.model import load_student
+from dho.student.saved import load_student
+from dho.teacher.classifier import open_classifier
 from dho.teacher.store import TeacherStore
 from dho.tracking.run import Tracker
 
@@ -43,6 +44,7 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
     _, card = load_student(workspace.student)
     index = Index.load(workspace.prepared)
     store = TeacherStore.open(workspace.teacher, index, config)
+    classifier = open_classifier(config.teacher.classifier, store)
     outputs = {split: HeadOutputs.load(workspace.head_outputs / f"{split}.npz") for split in ("val", "test")}
     best, surface = search(outputs["val"], config.evaluate)
     bins = config.evaluate.ece_bins
@@ -50,7 +52,7 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
     metrics: dict[str, Any] = {"alpha": best.alpha, "beta": best.beta}
     reliabilities: dict[str, list[dict[str, float]]] = {}
     for split, heads in outputs.items():
-        teacher_logits = store.logits(store.embeddings(index.rows(split), part_name="eval"))
+        teacher_logits = classifier.logits(store.embeddings(index.rows(split), part_name="eval"))
         metrics[split] = {}
         for source, probabilities in sources(heads, best.alpha, best.beta, teacher_logits).items():
             metrics[split][source] = measure(probabilities, heads.labels, bins)

@@ -102,10 +102,10 @@ def only_alpha(outputs: HeadOutputs) -> float | None:
     return 0.0 if outputs.ce is None else 1.0 if outputs.kd is None else None
 
 
-def quick(outputs: HeadOutputs, prefix: str = "val") -> dict[str, float]:
+def quick(outputs: HeadOutputs, default_alpha: float = DEFAULT_ALPHA, prefix: str = "val") -> dict[str, float]:
     """`<prefix>/<source>/top1` and `/nll` with the default alpha and beta, while alpha and beta are not tuned yet."""
     alpha = only_alpha(outputs)
-    found = sources(outputs, DEFAULT_ALPHA if alpha is None else alpha, DEFAULT_BETA)
+    found = sources(outputs, default_alpha if alpha is None else alpha, DEFAULT_BETA)
     values = {
         name: {"top1": _top1(given, outputs.labels), "nll": _nll(given, outputs.labels)}
         for name, given in found.items()

@@ -11,7 +11,7 @@ import torch
 from dho.core.errors import DataError
 from dho.core.workspace import Workspace
 from dho.runtime.dho_runtime import ImageRejected, centre_box, decode, render
-from dho.student.model import load_student
+from dho.student.saved import load_student
 
 Answer = list[tuple[str, float]]
 

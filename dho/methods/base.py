@@ -1,164 +1,173 @@
-"""What is trained: a student, what the teacher says of each image, and the losses of a method.
+"""A method: what is trained, from which losses, and how they become gradients. The training loop knows no more of it.
 
-    task = create_task(config.train.method, student, text_weights, logit_scale, config.train)
-    losses = task(batch, counts)                  # {"loss": ..., "ce": ..., "kd_labelled": ..., "kd_unlabelled": ...}
-    losses["loss"].backward()
+One step on one (micro-)batch:
 
-A task owns the student, the frozen teacher's text weights and the losses, in the manner of timm's and open_clip's tasks; `forward` returns
-named losses; only the student is wrapped for DDP. One small class a method: which heads, which streams, how the parts add up.
+    terms = method(batch, counts)              # named and unweighted: {"ce": ..., "kd_labelled": ..., "kd_unlabelled": ...}
+    objectives = method.weigh(terms)           # weighted: {"ce": ..., "kd": ...}; their sum is the loss
+    method.backward(objectives)
+
+`method.trainable` is the student with whatever the method trains beside it (a projection, say): the optimizer, DDP and the
+checkpoints take all of it; the results take `method.student`.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from dho.config import StudentConfig, TrainConfig
+from dho.catalogue import resolve
+from dho.catalogue.methods import METHODS
+from dho.config import Config, TrainConfig
+from dho.config.checks import method_args
 from dho.data.streams import Batch
 from dho.student.model import Student
+from dho.teacher.classifier import Classifier
+
+ByStream = dict[str, Tensor]
+"""Stream -> tensor [n, ...]."""
 
 
-class DistillationTask(nn.Module, abc.ABC):
+class Trainable(nn.Module):
+    """The student and the modules that a method trains beside it.
+
+    Args:
+        student: gives z and the heads' logits.
+        extras: name -> module over z; `forward` adds its output under its name.
+    """
+
+    def __init__(self, student: Student, extras: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.student = student
+        self.extras = nn.ModuleDict(extras)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images [n, 3, size, size] -> the student's outputs and one [n, ...] per extra."""
+        outputs: dict[str, Tensor] = self.student(images)
+        return outputs | {name: extra(outputs["z"]) for name, extra in self.extras.items()}
+
+
+class Method(nn.Module, abc.ABC):
     """Base of all methods.
 
     Args:
-        student: the trainable part.
-        text_weights: float32 [classes, dim], the teacher's zero-shot weights.
-        logit_scale: 1 / zeta.
-        config: eta and lambda_ce.
+        student: a new student with this method's `heads`.
+        classifier: the teacher, over the embeddings in the batches.
+        config: eta, lambda_ce and the memory layout.
+        arguments: the method's own settings: an instance of `arguments`, or None.
 
     Attributes:
         heads: heads of the student that the method trains.
-        streams: streams that the method needs.
+        streams: streams that the method needs; the others are not loaded.
+        arguments: frozen dataclass of the method's own settings (`train.method_args`), for a method that has some.
+        reduces_gradients: whether `backward` averages the gradients over the ranks itself instead of leaving that to DDP.
     """
 
     heads: tuple[str, ...]
     streams: tuple[str, ...]
-    text_weights: Tensor
+    arguments: type[Any] | None = None
+    reduces_gradients = False
 
-    def __init__(self, student: Student, text_weights: Tensor, logit_scale: float, config: TrainConfig) -> None:
+    def __init__(self, student: Student, classifier: Classifier, config: TrainConfig, arguments: Any = None) -> None:
         super().__init__()
-        self.student = student
-        self.register_buffer("text_weights", text_weights, persistent=False)
-        self.logit_scale = logit_scale
-        self.eta, self.lambda_ce, self.channels_last = config.eta, config.lambda_ce, config.channels_last
-        # What forward calls: the student, or the student compiled and wrapped. In a list, so that its weights are not listed twice.
-        self._callable: list[nn.Module] = [student]
+        self.classifier = classifier.requires_grad_(False)
+        self.config, self.settings = config, arguments
+        self.trainable = Trainable(student, self.extras(student))
+        # What forward calls: `trainable`, or `trainable` compiled and wrapped. In a list, so that its weights are not listed twice.
+        self._callable: list[nn.Module] = [self.trainable]
 
-    def prepare(self, compile_student: bool, distributed: bool) -> None:
-        """Compile and wrap the student for training; its own weights stay reachable as `self.student`."""
-        module: nn.Module = self.student
-        if compile_student:
+    @property
+    def student(self) -> Student:
+        """The student, unwrapped."""
+        return self.trainable.student
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """What `forward` calls; it has `no_sync` when training is distributed."""
+        return self._callable[0]
+
+    def extras(self, student: Student) -> dict[str, nn.Module]:
+        """Build the modules over z that are trained beside the student, by the name of their output; none by default."""
+        del student
+        return {}
+
+    def wrap(self, compiled: bool, distributed: bool) -> None:
+        """Compile and distribute `trainable`; its own weights stay reachable."""
+        module: nn.Module = self.trainable
+        if compiled:
             module = torch.compile(module)  # type: ignore[assignment]
         if distributed:
-            device = self.text_weights.device
+            device = next(self.trainable.parameters()).device
             module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
         self._callable = [module]
 
-    @property
-    def trainable(self) -> nn.Module:
-        """The wrapped student (has `no_sync` when distributed)."""
-        return self._callable[0]
-
     def forward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        """Losses of one (micro-)batch: scalars, with gradients.
+        """Compute the named, unweighted losses of one (micro-)batch: scalars with gradients.
 
         Args:
             batch: by stream: pixels uint8 [n, size, size, 3], embedding float16 [n, dim], label int64 [n] (labelled only).
-            counts: by stream, what the sum over images is divided by. With (images over all ranks) / (ranks) the mean of the ranks'
-                gradients is that of the global mean, however unequal the ranks' shares and micro-batches are.
-
-        Returns:
-            "loss" and its named parts, as the method has them.
+            counts: by stream, what the sum over images is divided by. With (images over all ranks) / (ranks) the mean of
+                the ranks' gradients is that of the global mean, however unequal the shares of ranks and micro-batches are.
         """
         pixels = torch.cat([batch[name]["pixels"] for name in self.streams])
         sizes = [len(batch[name]["pixels"]) for name in self.streams]
         images = self.student.normalise(pixels)
+
         # One forward pass over both batches, so that BatchNorm sees them together.
-        outputs = self.trainable(images if self.channels_last else images.contiguous())
-        split = {head: dict(zip(self.streams, outputs[head].float().split(sizes), strict=True)) for head in self.heads}
-        return self.losses(split, batch, counts)
+        joined = self.wrapped(images if self.config.channels_last else images.contiguous())
+        outputs = {
+            name: dict(zip(self.streams, value.float().split(sizes), strict=True)) for name, value in joined.items()
+        }
+        return self.terms(outputs, batch, counts)
 
     @abc.abstractmethod
-    def losses(self, logits: dict[str, dict[str, Tensor]], batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        """Losses from head logits ([head][stream] -> float32 [n, classes])."""
+    def terms(self, outputs: dict[str, ByStream], batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
+        """Compute the named, unweighted losses.
 
-    def ce(self, logits: dict[str, Tensor], batch: Batch, counts: dict[str, float]) -> Tensor:
-        """L_CE: cross-entropy with the labels."""
-        return (
-            functional.cross_entropy(logits["labelled"], batch["labelled"]["label"], reduction="sum")
-            / counts["labelled"]
-        )
+        Args:
+            outputs: z, the heads and the extras: [name][stream] -> float32 [n, ...].
+            batch, counts: as `forward`.
+        """
 
-    def kd(self, stream: str, logits: dict[str, Tensor], batch: Batch, counts: dict[str, float]) -> Tensor:
-        """One stream's part of L_KD: eta^2 * KL(softmax(teacher / eta) || softmax(logits / eta))."""
-        teacher = self.logit_scale * batch[stream]["embedding"].float() @ self.text_weights.T
-        target, answer = (teacher / self.eta).log_softmax(-1), (logits[stream] / self.eta).log_softmax(-1)
-        return self.eta**2 * functional.kl_div(answer, target, reduction="sum", log_target=True) / counts[stream]
+    @abc.abstractmethod
+    def weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weigh and group the terms into objectives, whose sum is the loss."""
 
+    def backward(self, objectives: dict[str, Tensor], last: bool = True) -> None:
+        """Add the gradients of one micro-batch to those of `trainable`; by default those of the sum.
 
-class DualHead(DistillationTask):
-    """DHO: L = lambda L_CE + (1 - lambda) L_KD, each on a head of its own."""
+        Args:
+            objectives: as `weigh` returns them.
+            last: whether this is the last micro-batch of the step.
+        """
+        del last
+        total(objectives).backward()  # type: ignore[no-untyped-call]
 
-    heads: tuple[str, ...] = ("ce", "kd")
-    streams = ("labelled", "unlabelled")
-
-    def losses(self, logits: dict[str, dict[str, Tensor]], batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        kd_logits = logits[self.heads[-1]]
-        parts = {
-            "ce": self.ce(logits["ce"], batch, counts),
-            "kd_labelled": self.kd("labelled", kd_logits, batch, counts),
-            "kd_unlabelled": self.kd("unlabelled", kd_logits, batch, counts),
-        }
-        loss = self.lambda_ce * parts["ce"] + (1 - self.lambda_ce) * (parts["kd_labelled"] + parts["kd_unlabelled"])
-        return {"loss": loss, **parts}
+    def teacher_logits(self, stream: str, batch: Batch) -> Tensor:
+        """The teacher's logits float32 [n, classes] for the images of one stream."""
+        logits: Tensor = self.classifier(batch[stream]["embedding"])
+        return logits
 
 
-class SingleHead(DualHead):
-    """The CE + KD baseline: both losses of DHO on one head."""
-
-    heads = ("ce",)
-
-
-class LabelledOnly(DistillationTask):
-    """The CE baseline: the few labels alone."""
-
-    heads = ("ce",)
-    streams = ("labelled",)
-
-    def losses(self, logits: dict[str, dict[str, Tensor]], batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        ce = self.ce(logits["ce"], batch, counts)
-        return {"loss": ce, "ce": ce}
+def total(objectives: dict[str, Tensor]) -> Tensor:
+    """Return the loss: the sum of the objectives, a scalar."""
+    return functools.reduce(operator.add, objectives.values())
 
 
-class TeacherOnly(DistillationTask):
-    """The KD baseline: the teacher alone, no labels."""
+def create_method(config: Config, classifier: Classifier) -> Method:
+    """Build the method that `train.method` names, with a new student whose weights follow from `train.seed`.
 
-    heads = ("kd",)
-    streams = ("unlabelled",)
-
-    def losses(self, logits: dict[str, dict[str, Tensor]], batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        kd = self.kd("unlabelled", logits["kd"], batch, counts)
-        return {"loss": kd, "kd_unlabelled": kd}
-
-
-METHODS: dict[str, type[DistillationTask]] = {
-    "dho": DualHead,
-    "ce": LabelledOnly,
-    "kd": TeacherOnly,
-    "ce_kd": SingleHead,
-}
-"""Value of `train.method` -> its class."""
-
-
-def create_task(
-    train: TrainConfig, student: StudentConfig, text_weights: Tensor, logit_scale: float
-) -> DistillationTask:
-    """The task of `train.method`, with a new student whose weights follow from `train.seed`."""
-    method = METHODS[train.method]
+    Raises:
+        ConfigError: there is no such class, or the student cannot be built.
+    """
+    train = config.train
+    row = METHODS.get(train.method)
+    implementation: type[Method] = resolve(train.method if row is None else row.implementation)
     torch.manual_seed(train.seed)
-    return method(Student(student, len(text_weights), method.heads), text_weights, logit_scale, train)
+    student = Student(config.student, classifier.classes, implementation.heads)
+    return implementation(student, classifier, train, method_args(config))

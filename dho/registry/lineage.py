@@ -23,7 +23,7 @@ from dho.tracking.server import connect, one_line, tracking_uri
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from dho.student.model import StudentCard
+    from dho.student.saved import StudentCard
 
 SEEDS = ("train.seed", "data.splits.seed", "views.seed", "pretrain.seed")
 RECIPE = (

@@ -11,7 +11,7 @@ from dho.config import RegistryConfig
 from dho.core.files import write_atomically
 from dho.evaluation.evaluate import table
 from dho.registry.evidence import Evidence
-from dho.student.model import StudentCard
+from dho.student.saved import StudentCard
 
 PLOTS = {
     "confusion.png": "Confusion matrix, test",

@@ -29,7 +29,8 @@ from dho.core.errors import DataError, DhoError
 from dho.core.files import sha256_file
 from dho.registry.evidence import CODE
 from dho.runtime import dho_runtime
-from dho.student.model import Student, StudentCard
+from dho.student.model import Student
+from dho.student.saved import StudentCard
 
 REQUIREMENTS = ("mlflow-skinny", "numpy", "onnxruntime", "pandas", "pillow")
 

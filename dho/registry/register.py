@@ -56,7 +56,7 @@ from dho.registry.package import (
     quantised_answer,
 )
 from dho.registry.promote import recover
-from dho.student.model import StudentCard, load_student
+from dho.student.saved import StudentCard, load_student
 from dho.tracking.server import connect, one_line, tracking_uri, who
 
 ALIAS = "candidate"

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # MPO comes as JPEG; Pillow has no opener of that name
 MAX_PIXELS = 50_000_000
+HEADS = ("ce", "kd")
+"""The heads of a student: the one that learns from labels, and the one that learns from the teacher."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]

@@ -1,31 +1,18 @@
-"""The student: one timm backbone g with up to two linear heads (Eq. 5, 6), and its form on disk.
+"""The student: one backbone g with up to two heads on its output z (Eq. 5, 6).
 
-    student = Student(config.student, classes=10)
-    outputs = student(images)                      # {"z": [n, d], "ce": [n, classes], "kd": [n, classes]}
-    probabilities = student.predict(images, alpha=0.5, beta=0.3)
-
-On disk a student is a folder: `model.safetensors` (weights) and `student.json` (what is needed to build it and to name its classes).
+student = Student(config.student, classes=10)
+outputs = student(images)                      # {"z": [n, d], "ce": [n, classes], "kd": [n, classes]}
+probabilities = student.predict(images, alpha=0.5, beta=0.3)
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dho.config import StudentConfig
-from dho.core.errors import ConfigError, DataError
-from dho.core.files import write_atomically
-from dho.core.tensors import write_tensors
-
-HEADS = ("ce", "kd")
+from dho.student.backbones import create_backbone
+from dho.student.heads import HEADS, create_head
 
 
 class Student(nn.Module):
@@ -36,8 +23,11 @@ class Student(nn.Module):
         classes: number of classes C.
         heads: which heads exist; a single-head method has one of them.
 
+    Attributes:
+        width: of z.
+
     Raises:
-        ConfigError: timm knows no such model, or refuses its arguments.
+        ConfigError: as `dho.student.backbones.create_backbone`.
     """
 
     scale: Tensor
@@ -45,21 +35,12 @@ class Student(nn.Module):
 
     def __init__(self, config: StudentConfig, classes: int, heads: tuple[str, ...] = HEADS) -> None:
         super().__init__()
-        try:
-            self.backbone = timm.create_model(
-                config.model, pretrained=config.pretrained, num_classes=0, **config.model_args
-            )
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"student.model is {config.model!r} with student.model_args {config.model_args}: {error}"
-            ) from error
-        # Some timm models widen their features before the classifier; num_features is what z has otherwise.
-        width: Any = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        self.backbone, self.width = create_backbone(config)
         self.config = config
         self.classes = classes
         self.heads = heads
-        self.ce_head = nn.Linear(width, classes) if "ce" in heads else None
-        self.kd_head = nn.Linear(width, classes) if "kd" in heads else None
+        self.ce_head = create_head(self.width, classes) if "ce" in heads else None
+        self.kd_head = create_head(self.width, classes) if "kd" in heads else None
         # (value / 255 - mean) / std = value / scale - shift
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         self.register_buffer("scale", 255 * std, persistent=False)
@@ -92,40 +73,3 @@ class Student(nn.Module):
             return outputs["ce"].float().softmax(-1)
         kd = (outputs["kd"].float() / beta).softmax(-1)
         return kd if self.ce_head is None else alpha * outputs["ce"].float().softmax(-1) + (1 - alpha) * kd
-
-
-@dataclass(frozen=True)
-class StudentCard:
-    """What `student.json` holds beside the weights."""
-
-    student: dict[str, Any]
-    """The `student` section of the parameters."""
-    heads: list[str]
-    class_names: list[str]
-    method: str
-    run_id: str
-    """MLflow run that trained it."""
-    steps: int
-    fingerprints: dict[str, str]
-    """SHA-256 of the data set, the teacher store and the parameters it was trained with."""
-
-
-def save_student(folder: Path, student: Student, card: StudentCard) -> None:
-    """Write the two files of a student; the card comes last, so a folder with a card is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder / "model.safetensors", {name: value.detach().cpu() for name, value in student.state_dict().items()}
-    )
-    write_atomically(folder / "student.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
-
-
-def load_student(folder: Path) -> tuple[Student, StudentCard]:
-    """Read a student back, in eval mode on the CPU; raises `DataError` when the folder holds none."""
-    try:
-        card = StudentCard(**json.loads((folder / "student.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{folder}: no student here ({error}); run the train stage first") from error
-    config = StudentConfig(**{**card.student, "pretrained": False})
-    student = Student(config, len(card.class_names), tuple(card.heads))
-    student.load_state_dict(load_file(folder / "model.safetensors"))
-    return student.eval(), card

@@ -41,7 +41,7 @@ def pretrain(config: Config, workspace: Workspace) -> None:
 
     Raises:
         DataError: there are no captions, or no such class as `pretrain.confusions` names.
-        ConfigError: the architecture file is not an open_clip config.
+        ConfigError: `pretrain.architecture` is not an open_clip config.
     """
     out = workspace.pretrained
     out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def pretrain(config: Config, workspace: Workspace) -> None:
         return
     index = Index.load(workspace.prepared)
     rows, captions = captioned(index, config.pretrain)
-    architecture = _architecture(config.pretrain.architecture)
+    architecture = _architecture(config.pretrain)
     torch.manual_seed(config.pretrain.seed)
     model: Any = open_clip.CLIP(**architecture["model_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=architecture["model_cfg"]["text_cfg"]["context_length"])
@@ -103,15 +103,19 @@ def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any
     return rows, captions
 
 
-def _architecture(path: str) -> dict[str, Any]:
+def _architecture(config: PretrainConfig) -> dict[str, Any]:
+    """The open_clip config to train: `pretrain.architecture`, or the one that comes with this package."""
+    if config.architecture is None:
+        tiny: dict[str, Any] = json.loads((Path(__file__).parent / "dho-tiny.json").read_text())
+        return tiny
     try:
-        architecture: dict[str, Any] = json.loads(Path(path).read_text())
-        architecture["model_cfg"]["text_cfg"]["context_length"], architecture["preprocess_cfg"]["mean"]
-    except (OSError, ValueError, KeyError) as error:
+        config.architecture["model_cfg"]["text_cfg"]["context_length"], config.architecture["preprocess_cfg"]["mean"]
+    except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"pretrain.architecture {path!r} is not an open_clip config with model_cfg and preprocess_cfg: {error!r}"
+            f"pretrain.architecture is {config.architecture!r}; expected an open_clip config with model_cfg and "
+            f"preprocess_cfg ({error!r})"
         ) from error
-    return architecture
+    return config.architecture
 
 
 def _fit(

@@ -132,13 +132,6 @@ class TeacherStore:
             ]
         return out
 
-    def logits(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Teacher logits float32 [n, classes] = scale * embedding . text weights."""
-        result: npt.NDArray[np.float32] = np.float32(self.logit_scale) * (
-            np.asarray(embeddings, np.float32) @ self.text_weights.T
-        )
-        return result
-
     def _shard(self, name: str) -> npt.NDArray[np.float16]:
         if name not in self._maps:
             try:

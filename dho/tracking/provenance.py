@@ -16,7 +16,7 @@ from dho.core.files import sha256_file
 log = logging.getLogger(__name__)
 
 
-def source_tags(root: Path) -> dict[str, str]:
+def provenance_tags(root: Path) -> dict[str, str]:
     """What made the run: git commit and whether the tree differs from it, hash of `dvc.lock`, hardware, versions.
 
     The commit comes from the repository at `root`, or in an image without one from environment variable GIT_COMMIT. `dvc.lock`

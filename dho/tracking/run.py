@@ -1,6 +1,6 @@
 """MLflow tracking of one training run, written by rank 0 only.
 
-    with Tracker.open(config.tracking, Path("outputs/spool"), params=flatten(to_dict(config)), tags=source_tags(Path())) as tracker:
+    with Tracker.open(config.tracking, Path("outputs/spool"), params=flatten(to_dict(config)), tags=provenance_tags(Path())) as tracker:
         tracker.log_input("fashion_mnist", fingerprint, "data/prepared", "training")
         tracker.log_metrics({"train/loss/ce": 0.7}, step=20)
         tracker.log_artifacts(Path("outputs/plots"), "plots")

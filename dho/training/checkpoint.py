@@ -63,7 +63,12 @@ class Checkpoints:
         self.failing = False
 
     def save(
-        self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process, needed: bool = False
+        self,
+        state: State,
+        trainable: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        process: Process,
+        needed: bool = False,
     ) -> None:
         """Write the state after `state.step` steps. Every rank must call; rank 0 writes.
 
@@ -75,7 +80,7 @@ class Checkpoints:
         rng = _gather_rng(process)
         if process.is_main:
             try:
-                self._write(state, student, optimizer, rng)
+                self._write(state, trainable, optimizer, rng)
             except OSError as error:
                 if needed:
                     raise CheckpointError(
@@ -94,7 +99,7 @@ class Checkpoints:
         barrier()
 
     def _write(
-        self, state: State, student: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]
+        self, state: State, trainable: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]
     ) -> None:
         final = self.folder / f"step-{state.step:08d}"
         unfinished = self.folder / f".step-{state.step:08d}.unfinished"
@@ -102,9 +107,9 @@ class Checkpoints:
         try:
             unfinished.mkdir(parents=True)
             write_tensors(
-                unfinished / MODEL, {name: value.detach().cpu() for name, value in student.state_dict().items()}
+                unfinished / MODEL, {name: value.detach().cpu() for name, value in trainable.state_dict().items()}
             )
-            write_tensors(unfinished / OPTIMIZER, _optimizer_tensors(optimizer, student))
+            write_tensors(unfinished / OPTIMIZER, _optimizer_tensors(optimizer, trainable))
             write_tensors(unfinished / RNG, rng)
             write_atomically(unfinished / STATE, json.dumps(asdict(state), indent=2) + "\n")
             digests = {name: sha256_file(unfinished / name) for name in (MODEL, OPTIMIZER, RNG, STATE)}
@@ -127,11 +132,11 @@ class Checkpoints:
             print(f"warning: checkpoint {path} is skipped: {problem}", file=sys.stderr)
         return None
 
-    def load(self, path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, process: Process) -> State:
-        """Put a checkpoint's state into student, optimizer and this rank's random numbers; every rank must call."""
+    def load(self, path: Path, trainable: nn.Module, optimizer: torch.optim.Optimizer, process: Process) -> State:
+        """Put a checkpoint's state into trainable, optimizer and this rank's random numbers; every rank must call."""
         state = State(**json.loads((path / STATE).read_text()))
-        student.load_state_dict(load_file(path / MODEL))
-        _restore_optimizer(optimizer, student, load_file(path / OPTIMIZER))
+        trainable.load_state_dict(load_file(path / MODEL))
+        _restore_optimizer(optimizer, trainable, load_file(path / OPTIMIZER))
         if state.world_size == process.world_size:
             _set_rng(load_file(path / RNG), process)
         elif process.is_main:
@@ -163,12 +168,12 @@ def broken(path: Path) -> str | None:
     return None
 
 
-def _names(student: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in student.named_parameters()}
+def _names(trainable: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in trainable.named_parameters()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Tensor]:
-    names = _names(student)
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: nn.Module) -> dict[str, Tensor]:
+    names = _names(trainable)
     return {
         f"{names[parameter]}|{key}": torch.as_tensor(value).detach().cpu()
         for parameter, entries in optimizer.state.items()
@@ -176,8 +181,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, student: nn.Module) -> 
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(student.named_parameters())
+def _restore_optimizer(optimizer: torch.optim.Optimizer, trainable: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(trainable.named_parameters())
     for full_name, value in tensors.items():
         name, key = full_name.split("|")
         # AdamW keeps its step count on the host, the moments beside the parameter and in its memory order.

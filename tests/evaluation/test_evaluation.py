@@ -15,7 +15,8 @@ from dho.evaluation.head_outputs import HeadOutputs, head_outputs
 from dho.evaluation.metrics import confusion, measure, only_alpha, per_class, reliability, sources
 from dho.evaluation.tuning import search
 from dho.runtime.dho_runtime import mix
-from dho.student.model import Student, StudentCard, load_student, save_student
+from dho.student.model import Student
+from dho.student.saved import StudentCard, load_student, save_student
 
 PROBABILITIES = np.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
 LABELS = np.array([0, 1, 1, 2])

@@ -36,7 +36,8 @@ from dho.registry.promote import PromotionRefused, history, promote, rollback
 from dho.registry.register import register
 from dho.registry.rules import Facts, against, floors, interval
 from dho.runtime.dho_runtime import centre_box, decode, mix, render
-from dho.student.model import Student, StudentCard, save_student
+from dho.student.model import Student
+from dho.student.saved import StudentCard, save_student
 
 STUDENT = StudentConfig(model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 32]}, input_size=32)
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}

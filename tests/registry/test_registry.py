@@ -28,7 +28,8 @@ from dho.registry import onnx_export as export
 from dho.registry.batch_predict import score
 from dho.registry.onnx_export import export_onnx
 from dho.runtime import dho_runtime
-from dho.student.model import Student, StudentCard, save_student
+from dho.student.model import Student
+from dho.student.saved import StudentCard, save_student
 
 STUDENT = StudentConfig(
     model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}, input_size=32

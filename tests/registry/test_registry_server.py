@@ -23,7 +23,8 @@ from dho.registry import lease as claims
 from dho.registry.lineage import Sources
 from dho.registry.promote import history, promote, rollback
 from dho.registry.register import register
-from dho.student.model import Student, StudentCard, save_student
+from dho.student.model import Student
+from dho.student.saved import StudentCard, save_student
 from dho.tracking.server import connect
 
 pytestmark = [

@@ -18,22 +18,16 @@ import open_clip
 import pytest
 import torch
 import yaml
-from conftest import ALONE, CLASSES, Tiny
+from conftest import ALONE, CLASSES, Tiny, changed
 
-from dho.config import Config, TeacherConfig, from_dict
+from dho.config import TeacherConfig
 from dho.core.errors import DataError, StoreMismatch
 from dho.data.pixels import Pixels
+from dho.teacher.classifier import open_classifier
 from dho.teacher.clip import Teacher
 from dho.teacher.pretrain import captioned
 from dho.teacher.store import TeacherStore
 from dho.teacher.teach import teach
-
-
-def changed(tiny: Tiny, **sections: dict[str, object]) -> Config:
-    tree = copy.deepcopy(tiny.tree)
-    for section, values in sections.items():
-        tree[section] |= values
-    return from_dict(tree)
 
 
 @pytest.fixture
@@ -63,7 +57,9 @@ def test_text_weights_are_the_mean_over_templates_of_normalised_prompts(tiny: Ti
         one = teacher.model.encode_text(tokens, normalize=True).mean(0)
     torch.testing.assert_close(weights[1], one / one.norm())
     np.testing.assert_allclose(
-        tiny.store.logits(np.eye(64)[:1]), tiny.store.logit_scale * tiny.store.text_weights[:, :1].T, rtol=1e-5
+        open_classifier("zero_shot", tiny.store).logits(np.eye(64)[:1]),
+        tiny.store.logit_scale * tiny.store.text_weights[:, :1].T,
+        rtol=1e-5,
     )
 
 

@@ -27,7 +27,7 @@ from dho.core.errors import TrackingError
 from dho.core.files import sha256_file
 from dho.tracking import run as tracking
 from dho.tracking import server as mlflow_server
-from dho.tracking.provenance import source_tags
+from dho.tracking.provenance import provenance_tags
 from dho.tracking.run import Tracker
 from dho.tracking.server import connect, tracking_uri
 
@@ -204,21 +204,21 @@ def test_two_servers_in_one_process_are_not_mixed_up(tmp_path: Path) -> None:
 
 def test_sources_are_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert "mlflow.source.git.commit" not in source_tags(tmp_path) and "no git commit" in caplog.text
+    assert "mlflow.source.git.commit" not in provenance_tags(tmp_path) and "no git commit" in caplog.text
     monkeypatch.setenv("GIT_COMMIT", "abc")
-    tags = source_tags(tmp_path)
+    tags = provenance_tags(tmp_path)
     assert tags["mlflow.source.git.commit"] == "abc" and "git.dirty" not in tags
 
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     (tmp_path / "dvc.lock").write_text("stages: {}\n")
-    tags = source_tags(tmp_path)
+    tags = provenance_tags(tmp_path)
     assert len(tags["mlflow.source.git.commit"]) == 40 and tags["git.dirty"] == "false"
     assert tags["dvc.lock.sha256"] == sha256_file(tmp_path / "dvc.lock")
     assert tags["hardware"] and tags["version.torch"] and tags["version.dho"]
     (tmp_path / "new.py").touch()
-    assert source_tags(tmp_path)["git.dirty"] == "true"
+    assert provenance_tags(tmp_path)["git.dirty"] == "true"
 
 
 def test_telemetry_is_off() -> None:

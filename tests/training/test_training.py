@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 
 from dho.config import load
 from dho.core.workspace import Workspace
-from dho.student.model import load_student
+from dho.student.saved import load_student
 from dho.training.train import Trainer, train
 
 PATIENCE_S = 120
@@ -140,7 +140,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pair: tuple[in
 def test_a_checkpoint_that_fails_its_manifest_is_skipped_with_a_warning(pair: tuple[int, Path, Path, str]) -> None:
     output = pair[3]
     assert "model.safetensors is not what the manifest says" in output
-    assert "goes on from" in output
+    assert "resumes from" in output
 
 
 def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(
@@ -269,7 +269,7 @@ def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoi
     assert newest(folder).name == "step-00000004"
     change(folder, "train", eta=3.0, epochs=1)
     train_here(folder)
-    assert "goes on from" not in capsys.readouterr().out
+    assert "resumes from" not in capsys.readouterr().out
     card = json.loads((folder / "outputs/train/student/student.json").read_text())
     assert card["steps"] == 9
 

@@ -2,7 +2,6 @@
 
 import csv
 import subprocess
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ parameters = {
         "splits": {"shots": 4, "val_per_class": 5, "test_per_class": 5, "captions": 24},
     },
     "teacher": {"batch_size": 16},
-    "pretrain": {"architecture": str(resources.files("dho") / "teacher/dho-tiny.json"), "epochs": 1, "batch_size": 8},
+    "pretrain": {"epochs": 1, "batch_size": 8},
     "student": {
         "model": "resnet18",
         "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]},

@@ -1,0 +1,24 @@
+"""Methods of training, by the name that `train.method` gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method."""
+
+    implementation: str
+    """A subclass of `dho.methods.base.Method`, as "module:Class"."""
+    doc: str
+    arguments: str | None = None
+    """Frozen dataclass of the method's own settings (`train.method_args`), as "module:Class"."""
+
+
+METHODS = {
+    "dho": MethodRow("dho.methods.dual_head:DualHead", "two heads"),
+    "ce": MethodRow("dho.methods.single_head:LabelledOnly", "labelled only"),
+    "kd": MethodRow("dho.methods.single_head:TeacherOnly", "teacher only"),
+    "ce_kd": MethodRow("dho.methods.single_head:SingleHead", "both losses on one head"),
+}

@@ -1,0 +1,19 @@
+"""Classifiers of the teacher, by the name that `teacher.classifier` gives: how an embedding becomes logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClassifierRow:
+    """One classifier."""
+
+    implementation: str
+    """A subclass of `dho.teacher.classifier.Classifier`, as "module:Class"."""
+    doc: str
+
+
+CLASSIFIERS = {
+    "zero_shot": ClassifierRow("dho.teacher.classifier:ZeroShot", "cosine similarity with the text weights"),
+}

@@ -1,0 +1,54 @@
+"""A student on disk: a folder with `model.safetensors` (weights) and `student.json` (what builds it and names its classes)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from dho.config import StudentConfig
+from dho.core.errors import DataError
+from dho.core.files import write_atomically
+from dho.core.tensors import write_tensors
+from dho.student.model import Student
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What `student.json` holds beside the weights."""
+
+    student: dict[str, Any]
+    """The `student` section of the parameters."""
+    heads: list[str]
+    class_names: list[str]
+    method: str
+    run_id: str
+    """MLflow run that trained it."""
+    steps: int
+    fingerprints: dict[str, str]
+    """SHA-256 of the data set, the teacher store and the parameters it was trained with."""
+
+
+def save_student(folder: Path, student: Student, card: StudentCard) -> None:
+    """Write the two files of a student; the card comes last, so a folder with a card is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(
+        folder / "model.safetensors", {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    )
+    write_atomically(folder / "student.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
+
+
+def load_student(folder: Path) -> tuple[Student, StudentCard]:
+    """Read a student back, in eval mode on the CPU; raises `DataError` when the folder holds none."""
+    try:
+        card = StudentCard(**json.loads((folder / "student.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder}: no student here ({error}); run the train stage first") from error
+    config = StudentConfig(**{**card.student, "pretrained": False})
+    student = Student(config, len(card.class_names), tuple(card.heads))
+    student.load_state_dict(load_file(folder / "model.safetensors"))
+    return student.eval(), card
