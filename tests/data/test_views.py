@@ -16,7 +16,8 @@ import torch
 from conftest import Tiny
 
 from dho.config import ViewsConfig
-from dho.data.pixels import Pixels, loader
+from dho.data.loader import loader
+from dho.data.pixels import Pixels
 from dho.data.views import random_view
 from dho.runtime.dho_runtime import centre_box, decode, render
 
