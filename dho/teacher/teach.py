@@ -79,6 +79,7 @@ def teach(config: Config, workspace: Workspace, process: Process, rebuild: bool 
 
 
 def _meta(config: Config, index: Index, teacher: Teacher) -> dict[str, Any]:
+    description = teacher.describe()
     parts = {}
     for name, splits in PARTS.items():
         images = len(index.rows(*splits))
@@ -87,8 +88,8 @@ def _meta(config: Config, index: Index, teacher: Teacher) -> dict[str, Any]:
         parts[name] = {"shape": [images, views, teacher.dim], "dtype": "float16", "shards": shards}
     return {
         "format": FORMAT,
-        "teacher": teacher.describe(),
-        **data_identity(index, config.views),
+        "teacher": description,
+        **data_identity(index, config.views, description["preprocessing"]),
         "dim": teacher.dim,
         "logit_scale": teacher.logit_scale,
         "parts": parts,
