@@ -18,6 +18,7 @@ test: .venv/ready lint
 lint: .venv/ready
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
+	$(RUN) lint-imports
 	$(RUN) mypy
 	$(RUN) hadolint Dockerfile tests/cluster/machine/images/*/Dockerfile
 

@@ -53,7 +53,15 @@ STAGES = {
             reads=(),
             writes=("raw",),
             code=(*_BASE, "data", "runtime"),
-            params=("data.captions", "data.labels", "data.name", "data.source", "data.test", "data.val"),
+            params=(
+                "data.captions",
+                "data.class_names",
+                "data.labels",
+                "data.name",
+                "data.source",
+                "data.test",
+                "data.val",
+            ),
         ),
         Stage(
             "prepare",

@@ -95,7 +95,14 @@ IMAGEFOLDER = DataSet(
     name="imagefolder", doc="torchvision's train/<class>, val/<class>, test/<class>", layout="imagefolder"
 )
 
-DATASETS = {row.name: row for row in (FASHION_MNIST, FOLDER, COOP, IMAGEFOLDER)}
+ROWS = (
+    FASHION_MNIST,
+    FOLDER,
+    COOP,
+    IMAGEFOLDER,
+)
+"""Every data set."""
+DATASETS = {row.name: row for row in ROWS}
 
 
 def find_data_set(name: str) -> DataSet:
@@ -110,3 +117,8 @@ def find_data_set(name: str) -> DataSet:
     if not isinstance(row, DataSet):
         raise ConfigError(f"data.name is {name!r}, a {type(row).__name__}; expected a dho.catalogue.datasets.DataSet")
     return row
+
+
+def list_data_sets() -> dict[str, str]:
+    """Return the data sets by name, each with what it is."""
+    return {name: row.doc for name, row in DATASETS.items()}
