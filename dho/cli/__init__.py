@@ -192,7 +192,7 @@ class Stage(StrEnum):
 def publish(
     stage: Annotated[Stage, typer.Option("--for", help="The stage that pods are to run.")] = Stage.train,
     pin: Annotated[
-        Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/base/pytorchjob.yaml.")
+        Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/pytorchjob.yaml.")
     ] = None,
 ) -> None:
     """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""

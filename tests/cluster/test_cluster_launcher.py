@@ -250,7 +250,7 @@ def dho(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_manifest_edited_in_the_project_is_what_is_launched_and_checked(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s", symlinks=True)
-    file = tmp_path / "k8s/base/pytorchjob.yaml"
+    file = tmp_path / "k8s/pytorchjob/base/pytorchjob.yaml"
     file.write_text(file.read_text().replace("s3://dho/dvc", "s3://ours/dvc"))
     done = dho("launch", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

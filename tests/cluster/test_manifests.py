@@ -18,7 +18,7 @@ from dho.cluster.manifest import Launch, containers, kind, kustomized, pod_specs
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/pytorchjob/overlays").iterdir())
 FILES = sorted(
     path
     for path in (ROOT / "k8s").rglob("*.yaml")
@@ -77,7 +77,7 @@ def test_pods_of_a_launch_are_pods_that_kubernetes_knows(launch: Launch) -> None
 
 def test_the_file_alone_is_complete_and_is_the_base() -> None:
     alone = ROOT / "k8s/pytorchjob.yaml"
-    assert alone.resolve() == ROOT / "k8s/base/pytorchjob.yaml"
+    assert alone.resolve() == ROOT / "k8s/pytorchjob/base/pytorchjob.yaml"
     documents = list(yaml.safe_load_all(alone.read_text()))
     assert [document["kind"] for document in documents] == [
         "ConfigMap",
@@ -176,7 +176,7 @@ def kubectl() -> str | None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dho_launch_renders_what_kustomize_renders(overlay: str) -> None:
     done = subprocess.run(
-        [str(kubectl()), "kustomize", str(ROOT / "k8s/overlays" / overlay)], check=True, capture_output=True, text=True
+        [str(kubectl()), "kustomize", str(ROOT / "k8s/pytorchjob/overlays" / overlay)], check=True, capture_output=True, text=True
     )
     theirs = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(done.stdout)}
     assert {(d["kind"], d["metadata"]["name"]): d for d in kustomized([overlay])} == theirs

@@ -108,8 +108,8 @@ class Cluster:
         return items
 
     def kustomize(self, overlay: str) -> list[dict[str, Any]]:
-        """The documents of k8s/overlays/<overlay>."""
-        return list(yaml.safe_load_all(self.kubectl("kustomize", str(ROOT / "k8s/overlays" / overlay))))
+        """The documents of k8s/pytorchjob/overlays/<overlay>."""
+        return list(yaml.safe_load_all(self.kubectl("kustomize", str(ROOT / "k8s/pytorchjob/overlays" / overlay))))
 
     @functools.cached_property
     def client(self) -> api.Cluster:

@@ -15,7 +15,7 @@ from dho.cluster import schema
 from dho.cluster.manifest import Launch, kind, render
 
 STRICT = ("--dry-run=server", "--validate=strict")
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/pytorchjob/overlays").iterdir())
 
 
 def test_the_file_alone_is_accepted(cluster: Cluster) -> None:
@@ -25,7 +25,7 @@ def test_the_file_alone_is_accepted(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_is_accepted(cluster: Cluster, overlay: str) -> None:
-    said = cluster.kubectl("apply", "-k", str(ROOT / "k8s/overlays" / overlay), *STRICT).splitlines()
+    said = cluster.kubectl("apply", "-k", str(ROOT / "k8s/pytorchjob/overlays" / overlay), *STRICT).splitlines()
     assert len(said) == 5 and all("(server dry run)" in line for line in said), said
 
 
