@@ -1,6 +1,6 @@
 """Stage `evaluate`: choose alpha and beta on val, measure, draw the plots. `dvc repro evaluate`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("evaluate")
+    script("evaluate")

@@ -1,6 +1,6 @@
 """Stage `fetch`: bring the raw files of the data set here and check them. `dvc repro fetch`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("fetch")
+    script("fetch")

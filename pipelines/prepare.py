@@ -1,6 +1,6 @@
 """Stage `prepare`: check every image, draw the splits, write tar shards and the index. `dvc repro prepare`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("prepare")
+    script("prepare")

@@ -1,6 +1,6 @@
 """Stage `pretrain`: train the stand-in teacher, unless a real one is set. `dvc repro pretrain`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("pretrain")
+    script("pretrain")

@@ -1,6 +1,6 @@
 """Stage `register`: add the student to the model registry as `candidate`. `dvc repro register`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("register")
+    script("register")

@@ -1,9 +1,9 @@
 """Stage `teach`: write the teacher store. `dvc repro teach`
 
-DVC runs it because something changed, so a store of something else is replaced, and what differs is said.
+DVC runs it because something changed, so a store of something else is replaced, and what differs is reported.
 """
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("teach", "--rebuild")
+    script("teach", rebuild=True)

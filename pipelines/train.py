@@ -1,6 +1,6 @@
 """Stage `train`: train the student under torchrun. `dvc repro train`"""
 
-from dho.cli import main
+from dho.stages import script
 
 if __name__ == "__main__":
-    main("train")
+    script("train")

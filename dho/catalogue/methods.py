@@ -22,3 +22,8 @@ METHODS = {
     "kd": MethodRow("dho.methods.single_head:TeacherOnly", "teacher only"),
     "ce_kd": MethodRow("dho.methods.single_head:SingleHead", "both losses on one head"),
 }
+
+
+def list_methods() -> dict[str, str]:
+    """Return the methods by name, each with what it is."""
+    return {name: row.doc for name, row in METHODS.items()}

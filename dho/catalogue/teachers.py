@@ -17,3 +17,8 @@ class ClassifierRow:
 CLASSIFIERS = {
     "zero_shot": ClassifierRow("dho.teacher.classifier:ZeroShot", "cosine similarity with the text weights"),
 }
+
+
+def list_classifiers() -> dict[str, str]:
+    """Return the classifiers by name, each with what it is."""
+    return {name: row.doc for name, row in CLASSIFIERS.items()}

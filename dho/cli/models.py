@@ -1,4 +1,4 @@
-"""The command line's part about the registry: `dho promote`, `rollback`, `registry`, `lineage`."""
+"""Commands of models: predictions, the registry, promotion and lineage."""
 
 from __future__ import annotations
 
@@ -10,13 +10,51 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dho.cli.options import MODELS, PARAMS, Params
 from dho.config import load
+from dho.core.errors import REFUSED
 from dho.core.workspace import Workspace
 
-REFUSED = 3
-"""Exit code of a promotion or rollback that is refused; nothing was changed then."""
-Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
-PARAMS = Path("params.yaml")
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (predict, promote, rollback, registry, lineage):
+        app.command(rich_help_panel=MODELS)(command)
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files; with --model also folders.")],
+    top: Annotated[int, typer.Option(help="Labels to print for each image.", min=1)] = 3,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the CE head; default: as tuned.", min=0, max=1)] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Temperature of the KD head; default: as tuned.", min=0.001)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Registered model, models:/NAME@ALIAS, instead of the student here.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
+    params: Params = PARAMS,
+) -> None:
+    """Label images with the trained student: labels and probabilities, most likely first; or with a registered model, into a file."""
+    if (model is None) != (out is None):
+        raise typer.BadParameter("--model and --out go together")
+    if model is not None and out is not None:
+        from dho.registry.batch_predict import score
+
+        good, unread = score(load(params).tracking, model, images, out, top)
+        print(f"predict: {out} holds {good} images" + (f", and {unread} that cannot be read" if unread else ""))
+        return
+    from dho.evaluation.predict import predict
+
+    bad = 0
+    for path, answer in predict(Workspace(), images, alpha, beta):
+        if isinstance(answer, str):
+            print(f"dho: {path}: {answer}", file=sys.stderr)
+            bad += 1
+        else:
+            print(f"{path}\t" + "\t".join(f"{label} {probability:.3f}" for label, probability in answer[:top]))
+    if bad:
+        raise typer.Exit(1)
 
 
 def promote(

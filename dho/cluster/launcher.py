@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dho.cluster.checks import check
 from dho.cluster.manifest import Document, Launch, elastic_range, kind, render
+from dho.cluster.revision import collect
 from dho.config import Config, KubernetesConfig
 from dho.core.errors import ClusterError
+from dho.core.workspace import Workspace
 
 
 def launch_of(config: KubernetesConfig, stage: str = "train") -> Launch:
@@ -40,11 +43,10 @@ def published(launch: Launch, root: Path) -> Launch:
     return replace(launch, name=launch.name or f"dho-{launch.stage}-{(launch.revision or '')[:8]}")
 
 
-def run_stage(config: Config, stage: str) -> str:
-    """Run a stage as a job on the cluster, and wait for its end. A job that does so already is followed, not started twice.
+def run_stage(stage: str, config: Config, workspace: Workspace, **_: Any) -> None:
+    """Run a stage as a job on the cluster, wait for its end and bring its outputs here.
 
-    Returns:
-        The revision that ran, for `dho.cluster.revision.collect`.
+    A job that does so already is followed, not started twice.
 
     Raises:
         DhoError: nothing could be published, the job is not one that could run, or it did not end as Succeeded.
@@ -55,7 +57,7 @@ def run_stage(config: Config, stage: str) -> str:
     settings = config.launch.kubernetes
     launch = launch_of(settings, stage)
     prepare(launch)  # before minutes of upload
-    launch = published(launch, Path())
+    launch = published(launch, workspace.root)
     documents = prepare(launch)
     name = kind(documents, "PyTorchJob")["metadata"]["name"]
     cluster = connect(settings.namespace)
@@ -73,4 +75,4 @@ def run_stage(config: Config, stage: str) -> str:
     if status != SUCCEEDED:
         ended = "has not started" if status == NOT_STARTED else "failed"
         raise ClusterError(f"{stage} on the cluster {ended}: `dho logs {name} --namespace {settings.namespace}`")
-    return launch.revision or ""
+    collect(workspace, str(launch.revision), stage)

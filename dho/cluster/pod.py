@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dho.cluster.revision import Remote, give_back
 from dho.config import Config
@@ -25,10 +26,13 @@ from dho.tracking.server import connect
 from dho.training.train import train
 
 
-def train_in_pod(config: Config, process: Process) -> bool:
-    """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
+def run_in_pod(stage: str, config: Config, workspace: Workspace, process: Process) -> Any:
+    """Run a stage and hand its results back; every rank must call. False for a training that a signal ended."""
+    return {"train": train_in_pod, "teach": teach_in_pod}[stage](config, workspace, process)
 
-    workspace = Workspace()
+
+def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool:
+    """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
 
     def then() -> None:
         # Only here: every rank would otherwise import MLflow, Matplotlib and pandas each time that training starts again.
@@ -50,12 +54,12 @@ def train_in_pod(config: Config, process: Process) -> bool:
     return train(config, workspace, process, then)
 
 
-def teach_in_pod(config: Config, process: Process) -> None:
+def teach_in_pod(config: Config, workspace: Workspace, process: Process) -> None:
     """Write the teacher store on the shared volume, each rank its shards; on rank 0 then give it back. Every rank must call.
 
     Once the remote has it, the volume keeps only the note that it has.
     """
-    workspace, revision = Workspace(), os.environ["DHO_REVISION"]
+    revision = os.environ["DHO_REVISION"]
     store = workspace.checkpoints / f"teacher-{revision[:16]}"
     note = store.with_suffix(".in-remote")
     if not note.exists():

@@ -3,7 +3,7 @@
     revision = publish(Path(), "train")                    # `dho publish`: dvc push, then one small file that names all of it
     fetch(remote, revision, Path("/work"), "train")        # `dho job pull`, in the init container of every pod
     give_back(remote, revision, Path("/work"), "train", {"student": Path("outputs/train/student"), ...})
-    collect(Path(), revision, "train", Path("outputs/train"))
+    collect(Workspace(), revision, "train")
 
 A revision is the SHA-256 of `params.yaml`, `dvc.yaml` and `dvc.lock` together; the lock names every byte of the data. In the DVC remote
 `<remote>/revisions/<revision>.json` holds the three files and `<remote>/results/<revision>/<stage>.dvc` what a job made from them; the data
@@ -29,6 +29,7 @@ from typing import Any
 from dho.core.errors import DataError, RemoteError
 from dho.core.files import write_atomically
 from dho.core.retry import PATIENCE_S, patiently
+from dho.core.workspace import Workspace
 
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
 NEEDS = {"teach": ("data/prepared", "data/pretrained"), "train": ("data/prepared", "data/teacher")}
@@ -163,12 +164,13 @@ def give_back(
         patiently(lambda: remote.write(_result(revision, stage), (work / f"{stage}.dvc").read_bytes()), patience_s)
 
 
-def collect(root: Path, revision: str, stage: str, out: Path) -> None:
-    """Bring a job's outputs into `out` of the project at `root`, replacing those of the same name.
+def collect(workspace: Workspace, revision: str, stage: str) -> None:
+    """Bring a job's outputs into the workspace, replacing those of the same name.
 
     Raises:
         RemoteError: the job has left no results, or the remote does not answer.
     """
+    root, out = workspace.root, {"teach": workspace.teacher, "train": workspace.trained}[stage]
     remote = Remote.of_project(root)
     pointer = remote.read(_result(revision, stage))
     with tempfile.TemporaryDirectory(dir=root / ".dvc/tmp") as temporary:

@@ -11,6 +11,7 @@ from typing import Any
 from dho.catalogue import listed
 from dho.catalogue.jobs import DEFAULT_KIND, JOB_KINDS
 from dho.catalogue.methods import METHODS
+from dho.catalogue.targets import TARGETS
 from dho.catalogue.teachers import CLASSIFIERS
 from dho.config.settings import setting
 
@@ -306,7 +307,7 @@ class KubernetesConfig:
 class LaunchConfig:
     """How stages `teach` and `train` are started; results do not depend on it beyond BatchNorm's batches."""
 
-    target: str = setting("local", "Where stages teach and train run.", choices=("local", "kubernetes"))
+    target: str = setting("local", f"Where stages teach and train run. {listed(TARGETS)}.", choices=tuple(TARGETS))
     workers: int | None = setting(
         None,
         "Data-loading processes on each rank; 0 loads in the training process itself; null is one a CPU of the rank, at most 8, with a "

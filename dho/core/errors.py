@@ -1,7 +1,19 @@
 """Errors a user can cause, and every exit status.
 
-The command line prints such an error as one line, without a traceback, and exits with `FAILED`.
+`one_line_errors` prints such an error as one line, without a traceback, and exits with `FAILED`.
 """
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+from dho.core.environment import reports_errors
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk is full or a file may not grow."""
 
 SUCCEEDED = 0
 FAILED = 1
@@ -17,7 +29,7 @@ STOPPED = 143
 
 
 class DhoError(Exception):
-    """Something the user can mend: what is wrong, where, what to do.
+    """Something the user can fix: what is wrong, where, what to do.
 
     Attributes:
         may_pass: whether the same may work a while later (a server that is down), so that a job in a cluster waits and tries again.
@@ -63,3 +75,17 @@ class RemoteError(DhoError):
     def __init__(self, message: str, may_pass: bool = False) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error that the user can fix into one line on standard error and exit status `FAILED`."""
+    try:
+        yield
+    except (DhoError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            raise
+        if reports_errors():
+            advice = "; make room, then run it again" if isinstance(error, OSError) else ""
+            print(f"dho: {error}{advice}", file=sys.stderr)
+        sys.exit(FAILED)

@@ -31,6 +31,7 @@ class Workspace:
         elsewhere: folders that are not at their usual place under the root, by the names in `FOLDERS`.
 
     Attributes:
+        root, elsewhere: as given.
         raw: raw files, written by `fetch`.
         prepared: tar shards and the index, written by `prepare`.
         pretrained: the stand-in teacher, written by `pretrain`.
@@ -57,9 +58,9 @@ class Workspace:
         if unknown := sorted(set(elsewhere) - set(FOLDERS)):
             raise TypeError(f"a workspace has no folder {unknown[0]!r}; its folders are {', '.join(FOLDERS)}")
         self.root = Path(root)
-        self._elsewhere = elsewhere
+        self.elsewhere = {name: Path(path) for name, path in elsewhere.items()}
         for name, path in FOLDERS.items():
-            setattr(self, name, Path(elsewhere[name]) if name in elsewhere else self.root / path)
+            setattr(self, name, self.elsewhere.get(name, self.root / path))
 
     @property
     def params(self) -> Path:
@@ -98,7 +99,7 @@ class Workspace:
 
     def at(self, **elsewhere: Path | str) -> Workspace:
         """The same workspace with some folders elsewhere; raises `TypeError` as the constructor does."""
-        return Workspace(self.root, **{**self._elsewhere, **elsewhere})
+        return Workspace(self.root, **{**self.elsewhere, **elsewhere})
 
     def cell(self, name: str) -> Workspace:
         """A cell of a comparison: it shares data and teacher and has its own `trained`, `evaluated` and `registered`."""

@@ -91,6 +91,7 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
         tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=card.steps)
         tracker.log_artifacts(workspace.evaluated, "evaluate")
         tracker.log_artifacts(workspace.history, "train")
+    print_results(metrics)
     return metrics
 
 
@@ -103,6 +104,17 @@ def table(metrics: dict[str, Any], split: str = "test") -> list[tuple[str, str, 
         for source, name in names.items()
         if (m := metrics[split].get(source)) is not None
     ]
+
+
+def print_results(metrics: dict[str, Any]) -> None:
+    """Print the table of test metrics."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = Table("test", "top-1", "top-5", "NLL", "ECE")
+    for row in table(metrics):
+        results.add_row(*row)
+    Console().print(results)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

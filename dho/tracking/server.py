@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,6 @@ from dho.core.errors import DhoError, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-if not sys.stderr.isatty():
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 REQUEST_S = 10
 """Longest wait for one answer, seconds."""

@@ -1,57 +1,86 @@
-"""Start this same command again under torchrun: one process a GPU, or as many as `launch.processes` says.
+"""Starting a stage under torchrun: one process per GPU, or as many as `launch.processes` says.
 
-In a pod the training operator has already said how many nodes and processes there are (PET_* variables, which torchrun reads); the manifest
-says how many CPUs it asks for (CPUS).
+In a pod the training operator has already said how many nodes and processes there are (PET_* variables, which torchrun reads);
+the manifest says how many CPUs it asks for (CPUS).
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import MutableMapping
+from pathlib import Path
 
-from dho.config import Config
+import yaml
+
+from dho.config import Config, to_dict
+from dho.core.errors import INTERRUPTED, STOPPED, DhoError
+from dho.core.workspace import Workspace
 
 RESTARTS = "3"
 """How often torchrun starts a node's processes again in place, before the pod ends and Kubernetes starts that again."""
 
 
-def under_torchrun() -> bool:
-    """Whether this process is one that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def exec_torchrun(config: Config, words: list[str]) -> None:
+    """Replace this process by torchrun running `python -m dho <words>`; signals then reach torchrun itself."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [*_torchrun(config), "-m", "dho", *words])
 
 
-def exec_torchrun(config: Config, arguments: list[str]) -> None:
-    """Replace this process by torchrun running `python -m dho <arguments>`; signals then reach torchrun itself."""
+def run_torchrun(config: Config, workspace: Workspace, words: list[str]) -> bool:
+    """Run `python -m dho <words>` with this config and workspace under torchrun and wait for its end.
+
+    Returns:
+        False when it was stopped by a signal, True when it finished.
+
+    Raises:
+        DhoError: it failed; what was wrong is on its standard error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        params = Path(folder) / "params.yaml"
+        params.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        places = [word for name, path in workspace.elsewhere.items() for word in ("--at", f"{name}={path.resolve()}")]
+        command = [*_torchrun(config), "-m", "dho", *words, "--params", str(params), *places]
+        status = subprocess.run(command, cwd=workspace.root, check=False).returncode
+    if status in (STOPPED, INTERRUPTED):
+        return False
+    if status:
+        raise DhoError(f"{words[0]} ended with status {status} under torchrun; its error is above")
+    return True
+
+
+def processes(config: Config) -> int:
+    """Return the number of processes on this machine: `launch.processes`, else one per GPU, else 1."""
+    if config.launch.processes is not None:
+        return config.launch.processes
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _torchrun(config: Config) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run"]
     if "PET_NNODES" in os.environ:
         _in_pod(os.environ)
-    else:
-        command += ["--standalone", "--nproc-per-node", str(config.launch.processes or _devices())]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "dho", *arguments])
+        return command
+    return [*command, "--standalone", "--nproc-per-node", str(processes(config))]
 
 
 def _in_pod(environment: MutableMapping[str, str]) -> None:
-    """Settings of torchrun in a pod, where the training operator's leave them open."""
+    """Choose the settings of torchrun in a pod that the training operator leaves open."""
     if master := environment.get("PET_MASTER_ADDR"):
-        # The static rendezvous that torchrun would take meets once: a pod that starts again before the others have noticed talks to
-        # the old round and waits for ever. This one meets anew, however often.
+        # The static rendezvous that torchrun would take meets once: a pod that starts again before the others have noticed
+        # talks to the old round and waits for ever. This one meets anew, however often.
         environment.setdefault("PET_RDZV_BACKEND", "c10d")
         environment.setdefault("PET_RDZV_ENDPOINT", f"{master}:{environment['PET_MASTER_PORT']}")
         environment.setdefault("PET_RDZV_ID", master)
         environment.setdefault("PET_MAX_RESTARTS", RESTARTS)
         environment.pop("PET_NODE_RANK", None)  # its members agree on that
-    environment.setdefault(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
-    )  # else a node that comes back ends the job (DistStoreError)
+    # Otherwise a node that comes back ends the job (DistStoreError).
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if cpus := environment.get("CPUS"):
         # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
-        processes = int(environment.get("PET_NPROC_PER_NODE", "1"))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // processes)))
-
-
-def _devices() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
+        per_node = int(environment.get("PET_NPROC_PER_NODE", "1"))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // per_node)))

@@ -249,6 +249,7 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(
     project: Path, storage: str, stage: str, tmp_path: Path
 ) -> None:
     from dho.cluster.revision import collect
+    from dho.core.workspace import Workspace
 
     revision = run(project, "dho", "publish", "--for", stage, **KEYS).splitlines()[-1]
     assert run(project, "dho", "publish", "--for", stage, **KEYS).splitlines()[-1] == revision
@@ -270,7 +271,7 @@ def test_a_pod_makes_from_a_pinned_revision_what_the_stage_makes_here(
     with pytest.MonkeyPatch.context() as patched:
         for name, value in KEYS.items():
             patched.setenv(name, value)
-        collect(project, revision, stage, out)
+        collect(Workspace(project, teacher=out, trained=out), revision, stage)
     made = {"teach": project / "data/teacher", "train": project / "outputs/train"}[stage]
     same = [
         path.relative_to(made)
