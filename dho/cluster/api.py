@@ -1,8 +1,10 @@
-"""The API server, through Kubeflow's SDK: submit a job, list jobs, read logs, delete. Whatever it answers that a user can fix is one line.
+"""The API server, through Kubeflow's SDK: submit a job, list jobs, read logs, delete.
 
     from dho.cluster.job import job_kind
     cluster = connect("dho", job_kind("PyTorchJob"))
     names = [job["metadata"]["name"] for job in cluster.jobs()]
+
+Whatever it answers that a user can fix is one line (`ClusterError`).
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class Cluster:
     def submit(self, documents: list[Document]) -> None:
         """Send a job and what it needs.
 
-        What several jobs share (account, volume, network policy) is made where it is missing and otherwise left as it is; the job's
-        ConfigMap goes when the job goes.
+        What several jobs share (account, volume, network policy) is made where it is missing and otherwise left as it
+        is; the job's ConfigMap goes when the job goes.
 
         Raises:
             ClusterError: a job of this name exists already, or the API server cannot be reached or refuses.
@@ -109,9 +111,7 @@ class Cluster:
 
         with self._errors(f"job {name}"):
             try:
-                job: Document = self.custom.get_namespaced_custom_object(
-                    **self._jobs, name=name, **self._limits()
-                )
+                job: Document = self.custom.get_namespaced_custom_object(**self._jobs, name=name, **self._limits())
             except ApiException as error:
                 if error.status == 404 and name in message_of(error):
                     return None
@@ -121,13 +121,11 @@ class Cluster:
     def jobs(self) -> list[Document]:
         """The jobs of this project, oldest first."""
         with self._errors("the jobs"):
-            answer = self.custom.list_namespaced_custom_object(
-                **self._jobs, label_selector=PART_OF, **self._limits()
-            )
+            answer = self.custom.list_namespaced_custom_object(**self._jobs, label_selector=PART_OF, **self._limits())
         return sorted(answer["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]))
 
     def delete(self, name: str) -> None:
-        """Delete a job; its pods get SIGTERM and write a checkpoint. Raises `ClusterError` also where there is no such job."""
+        """Delete a job; its pods get SIGTERM and write a checkpoint. Raises `ClusterError`, also if there is none."""
         if self.job(name) is None:
             raise self.no_job(name)
         with self._errors(f"job {name}"):
@@ -158,7 +156,7 @@ class Cluster:
         return ClusterError(f"no job {name} in namespace {self.namespace}; there: {names}")
 
     def pod(self, name: str, replica: str) -> str:
-        """The name of a job's newest pod that is a replica, such as `worker-3`; raises `ClusterError` where there is none."""
+        """The name of the newest pod that is a replica of a job, such as `worker-3`; raises `ClusterError`."""
         with self._errors(f"the pods of {name}"):
             answer = self.core.list_namespaced_pod(
                 self.namespace,
@@ -217,7 +215,8 @@ class Cluster:
         }.get(document["kind"])
         if create is None:
             raise ClusterError(
-                f"k8s/{self.kind.base}: dho launch cannot make a {document['kind']}; apply it with kubectl and take it out"
+                f"k8s/{self.kind.base}: dho launch cannot make a {document['kind']}; apply it with kubectl and "
+                "remove it there"
             )
         with self._errors(f"{document['kind']} {document['metadata']['name']}"):
             try:
@@ -250,9 +249,8 @@ class Cluster:
                 advice = "; check the rights of this kubeconfig's user"
             raise ClusterError(f"{what}: the API server says {error.status}: {text}{advice}") from error
         except (HTTPError, OSError) as error:
-            raise ClusterError(
-                f"{what}: no answer from {self.core.api_client.configuration.host} ({cause_of(error)}); check KUBECONFIG"
-            ) from error
+            host = self.core.api_client.configuration.host
+            raise ClusterError(f"{what}: no answer from {host} ({cause_of(error)}); check KUBECONFIG") from error
 
 
 def message_of(error: Any) -> str:

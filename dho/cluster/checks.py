@@ -4,8 +4,8 @@
     from dho.cluster.manifest import render
     check(render(Launch()), job_kind("PyTorchJob"))          # ClusterError with a line for each problem
 
-An operator takes a wrong policy without a word, asks for pods that PodSecurity `restricted` then refuses, or gives up on a 64-node job
-after its first fault. These rules say so at once. Rules for one kind of job are in `JobKind.problems`.
+An operator takes a wrong policy without a word, asks for pods that PodSecurity `restricted` then refuses, or gives up
+on a 64-node job after its first fault. These rules say so at once. Rules for one kind of job are in `JobKind.problems`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check(documents: list[Document], kind: JobKind) -> None:
 
 
 def problems(documents: list[Document], kind: JobKind) -> list[str]:
-    """List what is wrong with a job's documents, one line each; raises `ClusterError` where the job or its ConfigMap is missing."""
+    """List what is wrong with a job's documents, one line each; raises `ClusterError` where there is no job at all."""
     job = kind.job(documents)
     if violations := list(schema_problems(job, kind.schema)):
         # The other rules read fields that may be missing or of another type here.
@@ -87,15 +87,20 @@ def _identity(job: Document, kind: JobKind) -> Iterator[str]:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield f"the job's name is {name!r}; expected small letters, digits and -, the first a letter and the last no -"
     elif len(name) > MAX_NAME:
-        yield f"the job's name {name} has {len(name)} characters; expected at most {MAX_NAME}, as pods add their replica to it"
+        yield (
+            f"the job's name {name} has {len(name)} characters; expected at most {MAX_NAME}, as its pods' names are "
+            "longer"
+        )
 
 
 def _environment(config: Document) -> Iterator[str]:
     data = config.get("data", {})
     if not REVISION_PATTERN.fullmatch(str(data.get("DHO_REVISION", ""))):
-        yield f"ConfigMap: DHO_REVISION is {data.get('DHO_REVISION')!r}; expected 64 hex digits, as `dho publish` prints them"
+        revision = data.get("DHO_REVISION")
+        yield f"ConfigMap: DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them"
     if not REMOTE_PATTERN.fullmatch(str(data.get("DHO_REMOTE", ""))):
-        yield f"ConfigMap: DHO_REMOTE is {data.get('DHO_REMOTE')!r}; expected s3://bucket/prefix, the project's DVC remote"
+        remote = data.get("DHO_REMOTE")
+        yield f"ConfigMap: DHO_REMOTE is {remote!r}; expected s3://bucket/prefix, the project's DVC remote"
     for name, value in data.items():
         if not isinstance(value, str):
             yield f"ConfigMap: {name} is {value!r}; expected text in quotes"
@@ -115,7 +120,10 @@ def _pod(pod: Document, kind: JobKind) -> Iterator[str]:
     if pod.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken is not false; a training has no business with the API server"
     if (grace := pod.get("terminationGracePeriodSeconds", 30)) <= TORCHRUN_GRACE_S:
-        yield f"terminationGracePeriodSeconds is {grace}; expected more than {TORCHRUN_GRACE_S}, which torchrun gives for a checkpoint"
+        yield (
+            f"terminationGracePeriodSeconds is {grace}; expected more than {TORCHRUN_GRACE_S}, which torchrun needs "
+            "to let its processes write a checkpoint"
+        )
     for key in ("not-ready", "unreachable"):
         seconds = [
             t.get("tolerationSeconds", 0)
@@ -123,11 +131,15 @@ def _pod(pod: Document, kind: JobKind) -> Iterator[str]:
             if t.get("key") == f"node.kubernetes.io/{key}"
         ]
         if not seconds or not 0 < seconds[0] <= MAX_LOST_NODE_S:
-            yield f"no toleration of node.kubernetes.io/{key} for 1 to {MAX_LOST_NODE_S} s; by default a lost node's pod stays for 300 s"
+            yield (
+                f"no toleration of node.kubernetes.io/{key} for 1 to {MAX_LOST_NODE_S} s; by default a lost node's pod "
+                "stays for 300 s"
+            )
     if not pod.get("initContainers"):
         yield "no init container; expected one that runs `dho job pull`, which brings the data"
     if not any(container["name"] == kind.container for container in pod["containers"]):
-        yield f"container {pod['containers'][0]['name']!r} is not named {kind.container}; the operator looks for that name"
+        name = pod["containers"][0]["name"]
+        yield f"container {name!r} is not named {kind.container}; the operator looks for that name"
 
 
 def _volumes(pod: Document) -> Iterator[str]:
@@ -146,17 +158,20 @@ def _volumes(pod: Document) -> Iterator[str]:
         yield f"volume {name!r} is defined and no container mounts it"
     for name, volume in defined.items():
         if "hostPath" in volume:
-            yield f"volume {name!r} is a hostPath; expected a PersistentVolumeClaim or emptyDir (PodSecurity restricted)"
+            yield (
+                f"volume {name!r} is a hostPath; expected a PersistentVolumeClaim or emptyDir (PodSecurity restricted)"
+            )
     for container in pod["containers"]:
+        name, limit = container["name"], _limit(container, "memory")
         shm = [
             defined.get(mount["name"], {})
             for mount in container.get("volumeMounts", [])
             if mount["mountPath"] == "/dev/shm"
         ]
         if not shm or shm[0].get("emptyDir", {}).get("medium") != "Memory":
-            yield f"container {container['name']} has no memory-backed /dev/shm; expected emptyDir: {{medium: Memory}} mounted there"
-        elif (size := quantity(shm[0]["emptyDir"].get("sizeLimit", "0"))) > (limit := _limit(container, "memory")) > 0:
-            yield f"/dev/shm may take {size / 2**30:g} GiB of container {container['name']}'s memory limit of {limit / 2**30:g} GiB"
+            yield f"container {name} has no memory-backed /dev/shm; expected emptyDir: {{medium: Memory}} mounted there"
+        elif (size := quantity(shm[0]["emptyDir"].get("sizeLimit", "0"))) > limit > 0:
+            yield f"/dev/shm may take {size / 2**30:g} GiB of container {name}'s memory limit of {limit / 2**30:g} GiB"
 
 
 def _references(pod: Document, documents: list[Document], nodes: int) -> Iterator[str]:
@@ -172,8 +187,9 @@ def _references(pod: Document, documents: list[Document], nodes: int) -> Iterato
     for kind, name in dict.fromkeys(references):
         if (kind, name) not in existing:
             yield f"it uses {kind} {name!r}, which is not among the documents"
-        elif kind == "PersistentVolumeClaim" and nodes > 1:
-            if "ReadWriteMany" not in existing[kind, name]["spec"]["accessModes"]:
+        elif kind == "PersistentVolumeClaim":
+            shared = "ReadWriteMany" in existing[kind, name]["spec"]["accessModes"]
+            if nodes > 1 and not shared:
                 yield f"PersistentVolumeClaim {name!r} is not ReadWriteMany; {nodes} nodes share it"
 
 
@@ -184,7 +200,10 @@ def _container(container: Document, pod: Document) -> Iterator[str]:
     if not image or re.search(r"\s", image):
         yield f"image is {image!r}; expected registry/name:tag"
     elif not digest and tag in ("", "latest"):
-        yield f"image {image} has no fixed tag; expected name:version or name@sha256:..., so that every node runs the same"
+        yield (
+            f"image {image} has no fixed tag; expected name:version or name@sha256:..., so that every node runs the "
+            "same"
+        )
     resources = container.get("resources", {})
     for key in ("requests", "limits"):
         for amount in ("cpu", "memory"):
@@ -208,9 +227,13 @@ def _secrets(container: Document) -> Iterator[str]:
     for variable in container.get("env", []):
         name, value = variable["name"], str(variable.get("value", ""))
         if _SECRET_VALUE.search(value) or (value and _SECRET_NAME.search(name) and not value.startswith("/")):
-            yield f"env {name} has what looks like a secret as its value; put it into a Secret that is mounted as a file"
+            yield (
+                f"env {name} has what looks like a secret as its value; put it into a Secret that is mounted as a file"
+            )
         if "secretKeyRef" in variable.get("valueFrom", {}):
-            yield f"env {name} takes a Secret into the environment, where every child process has it; mount it as a file"
+            yield (
+                f"env {name} takes a Secret into the environment, where every child process has it; mount it as a file"
+            )
 
 
 def _processes(container: Document, pod: Document, processes: str, field: str) -> Iterator[str]:

@@ -4,8 +4,8 @@
     kind = job_kind(launch.kind)
     kind.refuse(launch)          # ClusterError where this kind cannot do what the launch asks for
 
-A new kind of job is a subclass of `JobKind` in a file of its own, a folder of k8s/ and a row of `dho.catalogue.jobs`; the rest of this
-room renders, checks, submits and follows jobs of any kind.
+A new kind of job is a subclass of `JobKind` in a file of its own, a folder of k8s/ and a row of `dho.catalogue.jobs`;
+the rest of this room renders, checks, submits and follows jobs of any kind.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from dho.cluster.revision import REMOTE_PATTERN, REVISION_PATTERN
 from dho.core.errors import ClusterError, ConfigError
 
 MAX_NODES = 1024
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 FEATURES = ("nodes", "gpus", "elastic", "queue", "teach")
-"""What a launch may ask for and a kind may be unable to do: several nodes, GPUs, a changing number of nodes, Kueue, stage `teach`."""
+"""What a launch may ask for and a kind may be unable to do: many nodes, GPUs, a number of nodes that changes, Kueue,
+stage `teach`."""
 Document = dict[str, Any]
 
 
@@ -74,7 +76,7 @@ class Launch:
             )
 
     def overlays(self) -> list[str]:
-        """Name the overlays in the order in which they are applied; `elastic` removes what those before it still patch."""
+        """Name the overlays in the order of their application; `elastic` removes what those before it still patch."""
         chosen = ["cpu" if self.gpus is None else "gpu"]
         chosen += ["teach"] if self.stage == "teach" else []
         chosen += ["elastic"] if self.elastic else []
@@ -97,10 +99,10 @@ class Launch:
 
 
 class JobKind(abc.ABC):
-    """A kind of job: what is particular to the operator that runs it. Instances hold nothing; all of it is class attributes and methods.
+    """A kind of job: what is particular to the operator that runs it. Instances hold no state.
 
-    `documents` are those of one job as k8s/ describes it; `job` is one document of this kind, as rendered or as the API server has it.
-    A replica is one pod of a job, known by role and number: `worker-3`.
+    `documents` are those of one job as k8s/ describes it; `job` is one document of this kind, as rendered or as the API
+    server has it. A replica is one pod of a job, known by role and number: `worker-3`.
     """
 
     name: ClassVar[str]
@@ -110,7 +112,7 @@ class JobKind(abc.ABC):
     plural: ClassVar[str]
     """As in the API server's addresses."""
     folder: ClassVar[str]
-    """In k8s/: it holds base/<folder>.yaml, and overlays/ with a folder for each of `Launch.overlays` that this kind can do."""
+    """In k8s/: it holds base/<folder>.yaml, and overlays/ with a folder per name of `Launch.overlays`."""
     container: ClassVar[str]
     """The container of each pod that trains."""
     job_label: ClassVar[str]
@@ -164,11 +166,11 @@ class JobKind(abc.ABC):
 
     @abc.abstractmethod
     def size(self, documents: list[Document], launch: Launch) -> None:
-        """Set nodes, bounds of an elastic job, processes per node, and the restarts that so many nodes may take, in place."""
+        """Set nodes, bounds of an elastic job, processes per node and the restarts that so many nodes may take."""
 
     @abc.abstractmethod
     def pods(self, documents: list[Document]) -> dict[str, Document]:
-        """Role -> pod spec, the role of rank 0 first; the specs are parts of the documents, and changing them changes these."""
+        """Role -> pod spec, the role of rank 0 first. A spec is a part of the documents: changing it changes them."""
 
     @abc.abstractmethod
     def processes(self, documents: list[Document]) -> str:
@@ -178,8 +180,8 @@ class JobKind(abc.ABC):
     def problems(self, documents: list[Document]) -> Iterator[str]:
         """Yield one line for each thing that this kind's operator would accept and that is wrong all the same.
 
-        Lines say where in the job it is; `dho.cluster.checks` puts the kind's name before them. The job keeps its schema, and each of its pods has a
-        container. Rules that hold for the pods of every kind are not repeated here.
+        Lines say where in the job it is; `dho.cluster.checks` puts the kind's name before them. The job keeps its
+        schema, and each of its pods has a container. Rules that hold for the pods of every kind are not repeated here.
         """
 
     @abc.abstractmethod
@@ -192,7 +194,7 @@ class JobKind(abc.ABC):
 
     @abc.abstractmethod
     def phase(self, job: Document) -> str:
-        """The phase in one word: Succeeded or Failed at its end, Suspended in a queue, before and between these as the operator says."""
+        """The phase in one word: Succeeded or Failed at the end, Suspended in a queue, else what the operator says."""
 
     @abc.abstractmethod
     def rank_zero(self, job: Document) -> str:

@@ -1,4 +1,4 @@
-"""The manifests that `dho launch` sends: base and overlays of k8s/ as kustomize puts them together, with one launch's numbers and names.
+"""The manifests that `dho launch` sends: what kustomize makes of k8s/, with one launch's numbers and names.
 
     from dho.cluster.job import Launch
     documents = render(Launch(nodes=64, gpus=8, name="dho-train-1", revision="0" * 64))
@@ -17,10 +17,8 @@ from typing import Any
 import jsonpatch
 import yaml
 
-from dho.cluster.job import Document, JobKind, Launch, containers, job_kind
+from dho.cluster.job import QUEUE_LABEL, Document, JobKind, Launch, containers, job_kind
 from dho.core.errors import ClusterError
-
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 def render(launch: Launch, kind: JobKind | None = None) -> list[Document]:
@@ -31,7 +29,8 @@ def render(launch: Launch, kind: JobKind | None = None) -> list[Document]:
         kind: of the job; None takes the one that `launch.kind` names.
 
     Raises:
-        ClusterError: the kind cannot do what is asked for, a file of k8s/ is missing or cannot be read, or a patch does not fit the base.
+        ClusterError: the kind cannot do what is asked for, a file of k8s/ is missing or cannot be read, or a patch does
+            not fit the base.
         ConfigError: there is no such kind.
     """
     kind = kind or job_kind(launch.kind)
@@ -58,7 +57,7 @@ def render(launch: Launch, kind: JobKind | None = None) -> list[Document]:
 
 
 def kustomized(kind: JobKind, overlays: list[str]) -> list[Document]:
-    """Apply overlays to a kind's base, each as `kubectl kustomize` applies it to the base alone; raises `ClusterError`."""
+    """Apply overlays to a kind's base, each as `kubectl kustomize` applies it alone; raises `ClusterError`."""
     k8s = folder(kind)
     documents: list[Document] = _load(k8s / kind.base)
     for overlay in overlays:
@@ -67,7 +66,7 @@ def kustomized(kind: JobKind, overlays: list[str]) -> list[Document]:
 
 
 def folder(kind: JobKind) -> Path:
-    """The folder k8s that holds a kind's base: of the project one stands in, else of this checkout, else of the installed package.
+    """Find the folder k8s that holds a kind's base: the working folder's, this checkout's or the installed package's.
 
     Raises:
         ClusterError: there is none.
@@ -94,7 +93,7 @@ class _NoAliases(yaml.SafeDumper):
 
 
 def _load(path: Path) -> list[Any]:
-    """The documents of a file. What YAML says once and uses twice comes as two copies, as to kustomize: patches change one of them."""
+    """The documents of a file; an alias becomes a copy, as with kustomize, so that a patch changes one of both."""
     try:
         documents = yaml.load_all(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return [json.loads(json.dumps(document)) for document in documents]
@@ -105,7 +104,7 @@ def _load(path: Path) -> list[Any]:
 
 
 def _overlaid(documents: list[Document], overlay: Path, kind: JobKind) -> list[Document]:
-    """Apply the JSON6902 patches of an overlay's kustomization; kustomize features that are not ours are refused, never left out."""
+    """Apply the JSON6902 patches of an overlay's kustomization; its other features are refused, never ignored."""
     (settings,) = _load(overlay / "kustomization.yaml")
     unknown = set(settings) - {"apiVersion", "kind", "resources", "patches"}
     if unknown:
@@ -127,7 +126,9 @@ def _scale(documents: list[Document], kind: JobKind, gpus: int, processes: str) 
     """Give each GPU its share of processors, memory and shared memory; overlay gpu has them for `processes` GPUs."""
     place = f"k8s/{kind.overlays}/gpu"
     if not re.fullmatch(r"[1-9]\d*", processes):
-        raise ClusterError(f"{place}: {kind.processes_field} is {processes!r}; expected a number of processes in quotes")
+        raise ClusterError(
+            f"{place}: {kind.processes_field} is {processes!r}; expected a number of processes in quotes"
+        )
     share = gpus / int(processes)
     for pod in kind.pods(documents).values():
         for amounts in pod["containers"][0]["resources"].values():
@@ -147,7 +148,10 @@ def _scaled(amount: str, share: float, place: str) -> str:
 
 
 def _rename(documents: list[Document], kind: JobKind, name: str) -> None:
-    """Name the job, and give it a ConfigMap of its own: another launch must not change what this one's pods read when they restart."""
+    """Name the job, and give it a ConfigMap of its own.
+
+    Another launch would otherwise change what the pods of this one read when they restart.
+    """
     job, environment = kind.job(documents), kind.environment(documents)
     old = environment["metadata"]["name"]
     job["metadata"]["name"] = environment["metadata"]["name"] = name

@@ -1,14 +1,15 @@
-"""PyTorchJob of Kubeflow's training operator: one Master and Workers, or Workers alone where the number of nodes may change."""
+"""PyTorchJob of Kubeflow's training operator: a Master and Workers, or Workers alone where a job is elastic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from dho.cluster.job import Document, JobKind, Launch
 
 FAULTS = 10
-"""Lost processes or nodes that a job survives; the operator's backoffLimit is this many per replica (k8s/pytorchjob/base)."""
+"""Lost processes or nodes that a job survives; backoffLimit is this many per replica (k8s/pytorchjob/base)."""
 
 
 class PyTorchJob(JobKind):
@@ -22,7 +23,7 @@ class PyTorchJob(JobKind):
     processes_field = "spec.nprocPerNode"
     operator = "install Kubeflow's training operator (docs/platform.md)"
     schema = Path(__file__).with_name("pytorchjob-v1.9.4.json.gz")
-    values = {
+    values: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "cleanPodPolicy": ("All", "Running", "None"),
         "restartPolicy": ("OnFailure", "Always", "ExitCode", "Never"),
         "rdzvBackend": ("c10d", "etcd-v2", "etcd"),
@@ -56,7 +57,7 @@ class PyTorchJob(JobKind):
         return int((job["spec"].get("elasticPolicy") or {}).get("minReplicas", self.replicas(job)))
 
     def phase(self, job: Document) -> str:
-        """Created, Running, Restarting, Suspended, Succeeded or Failed: the newest condition that holds. Pending before the first."""
+        """The newest condition that holds: Created, Running, Restarting, ...; Pending before the first."""
         conditions = job.get("status", {}).get("conditions", [])
         holding: list[str] = [condition["type"] for condition in conditions if condition["status"] == "True"]
         for last in ("Succeeded", "Failed"):
@@ -87,7 +88,10 @@ class PyTorchJob(JobKind):
             if "Master" in spec["pytorchReplicaSpecs"]:
                 yield "an elastic job has a Master; expected Workers only, any of which may be lost"
             if not 1 <= low <= most:
-                yield f"spec.elasticPolicy has minReplicas {low} and maxReplicas {most}; expected 1 <= minReplicas <= maxReplicas"
+                yield (
+                    f"spec.elasticPolicy has minReplicas {low} and maxReplicas {most}; expected 1 <= minReplicas <= "
+                    "maxReplicas"
+                )
             elif not low <= total <= most:
                 yield f"{total} replicas; expected {low} to {most}, as spec.elasticPolicy says"
         elif "Master" not in spec["pytorchReplicaSpecs"]:

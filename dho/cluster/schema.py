@@ -1,8 +1,9 @@
-"""The schema of a kind of job, as strict as the API server with `--validate=strict`: a field that it does not know is an error.
+"""The schema of a kind of job, as strict as the API server with `--validate=strict`: an unknown field is an error.
 
-A kind's schema is the `openAPIV3Schema` of its operator's CustomResourceDefinition without the descriptions, as gzipped JSON;
-`schema_of_crd` makes it. That of PyTorchJob is from manifests/base/crds/kubeflow.org_pytorchjobs.yaml of Kubeflow's training operator
-(Apache-2.0) in the version that the file's name says; tests/cluster/machine compares it with the operator's own file.
+A kind's schema is the `openAPIV3Schema` of its operator's CustomResourceDefinition without the descriptions, as gzipped
+JSON; `schema_of_crd` makes it. That of PyTorchJob is from manifests/base/crds/kubeflow.org_pytorchjobs.yaml of
+Kubeflow's training operator (Apache-2.0) in the version that the file's name says; tests/cluster/machine compares it
+with the operator's own file.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _validator(schema: Path) -> Draft202012Validator:
 
 
 def _strict(node: Any) -> Any:
-    """Objects whose properties the CRD lists may have no others. Only metadata of the job itself is the API server's own."""
+    """Forbid other properties where the CRD lists some; it lists none of the job's metadata, the API server's own."""
     if isinstance(node, dict):
         strict = {key: _strict(value) for key, value in node.items()}
         if (

@@ -1,7 +1,8 @@
 """Streams of the API server that outlive it: what changes about a job, and a container's log, put into one queue.
 
-A stream is one request that stays open, so nothing is polled. When it breaks (the API server restarts, a connection dies) the objects are
-listed once, so that nothing that happened meanwhile is missed, and watched from there; waits between attempts grow to `MAX_WAIT_S`.
+A stream is one request that stays open, so nothing is polled. When it breaks (the API server restarts, a connection
+dies) the objects are listed once, so that nothing that happened meanwhile is missed, and watched from there; waits
+between attempts grow to `MAX_WAIT_S`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class News:
     stream: str
     """job, pods, events or log"""
     what: str
-    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None), NEVER (why: this
-    user may not see it), BROKEN (an exception that is a defect)"""
+    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None),
+    NEVER (why: this user may not see it), BROKEN (an exception that is a defect)"""
     value: Any = None
 
 
@@ -61,7 +62,7 @@ class Streams:
         self._over.set()
 
     def follow_log(self, pod: str, uid: str, container_id: str) -> None:
-        """Put the log of a pod's container that trains into the news, once for each id; a restarted container has another one."""
+        """Put the log of the container that trains into the news, once per id; a restarted container has another id."""
         if self._log_of != container_id:
             self._log_of = container_id
             self._log = self._in_background(self._read_log, pod, uid, container_id)
