@@ -24,7 +24,8 @@ import torch
 from dho.config import Config, load
 from dho.core.process import process_group
 from dho.core.workspace import Workspace
-from dho.data.pixels import Pixels, loader
+from dho.data.loader import loader
+from dho.data.pixels import Pixels
 from dho.data.streams import Batch, StreamPlan
 from dho.teacher.clip import Teacher
 from dho.training.train import Trainer

@@ -1,35 +1,79 @@
-"""The data sets dho knows by name: their classes, prompts, licence and files. A new data set is a new entry here."""
+"""Data sets, by the name that `data.name` gives: their layout, classes, prompts, licence and files.
+
+A new data set is one row here and, unless the images' folders name the classes, one file `classes/<name>.txt`, a class
+per line:
+
+    DataSet(
+        name="oxford_pets",
+        doc="37 breeds of cats and dogs",
+        layout="coop",
+        class_names=class_list("oxford_pets"),
+        split_file="split_zhou_OxfordPets.json",
+        image_folders=("images",),
+    )
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import resources
 
-from dho.config import DataConfig
+from dho.catalogue import resolve
 from dho.core.errors import ConfigError
+
+LAYOUTS = {
+    "folder": "dho.data.sources.folder:Folder",
+    "arrays": "dho.data.sources.arrays:Arrays",
+    "coop": "dho.data.sources.coop:Coop",
+    "imagefolder": "dho.data.sources.imagefolder:ImageFolder",
+}
+"""Layout -> the `Source` that reads it, as "module:Class"."""
+COOP_IMAGE_FOLDERS = ("", "images", "jpg", "101_ObjectCategories", "SUN397", "2750", "UCF-101-midframes")
+"""Where CoOp's data sets keep their images, below the folder that holds the split file; "" is that folder itself."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One data set of the catalogue."""
+class DataSet:
+    """One data set."""
 
     name: str
-    class_names: tuple[str, ...]
-    """In label order; empty where the user's folder names them."""
-    templates: tuple[str, ...]
+    doc: str
+    layout: str
+    """A key of `LAYOUTS`, or a `Source` of the user's own as "module:Class"."""
+    class_names: tuple[str, ...] = ()
+    """In label order; empty where the user's images name them."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompt templates for zero-shot text weights, one {} each."""
-    licence: str
+    licence: str = "the user's own"
     home: str = ""
     """Address that the files' names are appended to."""
     debian_package: str = ""
     debian_folder: str = ""
     """Folder inside the package that holds the files."""
     files: dict[str, str] = field(default_factory=dict)
-    """Name of each file without `.gz` -> SHA-256 of its uncompressed content."""
+    """Name without `.gz` -> SHA-256 of the uncompressed content; empty where the images lie in `data.source`."""
+    split_file: str = "split_zhou_*.json"
+    """Layout `coop`: name, or pattern, of the one file in `data.source` that lists train, val and test."""
+    image_folders: tuple[str, ...] = COOP_IMAGE_FOLDERS
+    """Layout `coop`: folders below `data.source` that the listed paths may start from."""
+
+    @property
+    def reads_users_folder(self) -> bool:
+        """Whether the images stay where the user has them, in `data.source`."""
+        return not self.files
 
 
-FASHION_MNIST = Entry(
+def class_list(name: str) -> tuple[str, ...]:
+    """Read `classes/<name>.txt`, one class name per line, in label order; raises `OSError` where there is none."""
+    text = (resources.files(__package__) / "classes" / f"{name}.txt").read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+FASHION_MNIST = DataSet(
     name="fashion_mnist",
-    class_names=("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    doc="70,000 grey pictures of clothes, 28 x 28",
+    layout="arrays",
+    class_names=class_list("fashion_mnist"),
     templates=("a photo of a {}.", "a product photo of a {}.", "a picture of a {}."),
     licence="MIT (Zalando Research)",
     home="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -43,32 +87,26 @@ FASHION_MNIST = Entry(
     },
 )
 
-FOLDER = Entry(name="folder", class_names=(), templates=("a photo of a {}.",), licence="the user's own")
+FOLDER = DataSet(name="folder", doc="your own images, one sub-folder per class", layout="folder")
 
-CATALOGUE = {entry.name: entry for entry in (FASHION_MNIST, FOLDER)}
+COOP = DataSet(name="coop", doc="a data set of CoOp's, by its split_zhou_*.json", layout="coop")
 
+IMAGEFOLDER = DataSet(
+    name="imagefolder", doc="torchvision's train/<class>, val/<class>, test/<class>", layout="imagefolder"
+)
 
-def entry(config: DataConfig) -> Entry:
-    """The catalogue entry that `data.name` names."""
-    return CATALOGUE[config.name]
-
-
-def templates(config: DataConfig) -> list[str]:
-    """Prompt templates: `data.templates`, or the catalogue's."""
-    return config.templates if config.templates is not None else list(entry(config).templates)
+DATASETS = {row.name: row for row in (FASHION_MNIST, FOLDER, COOP, IMAGEFOLDER)}
 
 
-def class_names(config: DataConfig, found: list[str] | None = None) -> list[str]:
-    """Class names in label order: `data.class_names`, or the catalogue's, or (for `folder`) those `found` in the images' labels.
+def find_data_set(name: str) -> DataSet:
+    """Return the row of that name, or the user's own that "module:OBJECT" names.
 
     Raises:
-        ConfigError: `data.class_names` has another number of names than the data set has classes.
+        ConfigError: there is no such module or object, or it is not a `DataSet`.
     """
-    known = list(entry(config).class_names)
-    if config.class_names is None:
-        return known or sorted(found or [])
-    if known and len(config.class_names) != len(known):
-        raise ConfigError(
-            f"data.class_names has {len(config.class_names)} names; {config.name} has {len(known)} classes"
-        )
-    return config.class_names
+    if name in DATASETS:
+        return DATASETS[name]
+    row = resolve(name)
+    if not isinstance(row, DataSet):
+        raise ConfigError(f"data.name is {name!r}, a {type(row).__name__}; expected a dho.catalogue.datasets.DataSet")
+    return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dho.catalogue import resolve
+from dho.catalogue.datasets import find_data_set
 from dho.catalogue.methods import METHODS
 from dho.config.schema import Config
 from dho.config.settings import build
@@ -45,11 +46,12 @@ def check_together(config: Config, where: str) -> None:
     names = config.data.class_names
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise refuse("data.class_names", names, "two or more different names")
-    for key in ("source", "labels", "val", "test", "captions"):
+    data_set = find_data_set(config.data.name)
+    if data_set.reads_users_folder and config.data.source is None:
+        raise refuse("data.source", None, f"the folder of images when data.name is {config.data.name}")
+    for key in ("labels", "val", "test", "captions"):
         value = getattr(config.data, key)
-        if config.data.name == "folder" and key == "source" and value is None:
-            raise refuse("data.source", value, "the folder of images when data.name is folder")
-        if config.data.name != "folder" and key != "source" and value is not None:
+        if data_set.layout != "folder" and value is not None:
             raise refuse(f"data.{key}", value, f"null while data.name is {config.data.name}")
     for name, others in config.pretrain.confusions.items():
         if min(others.values(), default=0) < 0 or sum(others.values()) > 1:

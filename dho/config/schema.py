@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dho.catalogue import listed
+from dho.catalogue.datasets import DATASETS
 from dho.catalogue.jobs import DEFAULT_KIND, JOB_KINDS
 from dho.catalogue.methods import METHODS
 from dho.catalogue.targets import TARGETS
@@ -54,9 +55,11 @@ class DataConfig:
     """Which images, where from, and what to do with bad ones (stages `fetch` and `prepare`)."""
 
     name: str = setting(
-        "fashion_mnist", "Entry of the data catalogue (dho/catalogue/datasets.py).", choices=("fashion_mnist", "folder")
+        "fashion_mnist", f"{listed(DATASETS)}; or a DataSet of your own, as module:OBJECT.", names=tuple(DATASETS)
     )
-    source: str | None = setting(None, "Local path tried before any download; for `folder`, the folder of images.")
+    source: str | None = setting(
+        None, "Local path tried before any download; where nothing is downloaded, the folder of images."
+    )
     class_names: list[str] | None = setting(
         None, "Class names in label order; null takes the catalogue's (for `folder`: the sub-folders, sorted)."
     )

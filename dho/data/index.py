@@ -1,17 +1,17 @@
 """The prepared data set: tar shards, one index (parquet) and `dataset.json`; every image is read by its offset.
 
+    from dho.runtime.dho_runtime import decode
     index = Index.load(Path("data/prepared"))
-    image = dho_runtime.decode(index.read(index.rows("labelled")[0]))
+    image = decode(index.read(int(index.rows("labelled")[0])))
 
-Columns of `index.parquet`: key, source, sha256, shard, offset and size (bytes), width and height (pixels, upright), label (or null), split,
-caption (or null).
+Columns of `index.parquet`: key, source (path under `data.source`, or file and row of raw arrays), sha256, shard, offset
+and size (bytes), width and height (pixels, upright), label (or null), split, caption (or null).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dho.core.errors import DataError
+from dho.data.readers import LocalReader, Reader
 
 INDEX, CARD = "index.parquet", "dataset.json"
 
@@ -44,17 +45,25 @@ SCHEMA = pa.schema(
 class Index:
     """The images of a prepared data set, in the order of the index.
 
+    Args:
+        folder: where index and shards are.
+        table: content of `index.parquet`.
+        card: content of `dataset.json`.
+        reader: where the images' bytes come from; None for the shards in `folder`.
+
     Attributes:
-        folder: where the shards are.
+        folder: as given.
         class_names: in label order.
-        fingerprint: SHA-256 (hex) over key, image digest, label and split of every row; it names the data set in stores and runs.
+        fingerprint: SHA-256 (hex) over key, image digest, label and split of every row; it names the data set in stores
+            and runs.
         labels: int64 [images], -1 where there is no label.
         splits: split name of every row.
         name: the catalogue's name of the data set.
     """
 
-    def __init__(self, folder: Path, table: pa.Table, card: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, table: pa.Table, card: dict[str, Any], reader: Reader | None = None) -> None:
         self.folder = folder
+        self.reader = LocalReader(folder) if reader is None else reader
         self.name: str = card["name"]
         self.class_names: list[str] = card["class_names"]
         self.fingerprint: str = card["fingerprint"]
@@ -69,7 +78,6 @@ class Index:
         self._shards = shards.indices.to_numpy()
         self._offsets, self._sizes = table["offset"].to_numpy(), table["size"].to_numpy()
         self._sha256: bytes = table["sha256"].combine_chunks().buffers()[1].to_pybytes()
-        self._files: dict[int, int] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Index:
@@ -84,37 +92,21 @@ class Index:
         return len(self.labels)
 
     def rows(self, *splits: str) -> npt.NDArray[np.int64]:
-        """Row numbers of the given splits, in index order: int64 [images]."""
+        """Return the row numbers of the given splits, in index order: int64 [images]."""
         return np.flatnonzero(np.isin(self.splits, splits))
 
     def sha256(self, row: int) -> bytes:
-        """The 32 bytes that name the image of a row."""
+        """Return the 32 bytes that name the image of a row."""
         return self._sha256[32 * row : 32 * row + 32]
 
     def read(self, row: int) -> bytes:
-        """The image file of a row, as it came; raises `DataError` when its shard is missing or short."""
-        shard = int(self._shards[row])
-        try:
-            file = self._files.get(shard)
-            if file is None:
-                file = self._files[shard] = os.open(self.folder / self._shard_names[shard], os.O_RDONLY)
-            data = os.pread(file, int(self._sizes[row]), int(self._offsets[row]))
-        except OSError as error:
-            raise DataError(
-                f"{self.folder / self._shard_names[shard]}: {error.strerror}; run the prepare stage"
-            ) from error
-        if len(data) != self._sizes[row]:
-            raise DataError(
-                f"{self.folder / self._shard_names[shard]} is too short for the index; run the prepare stage"
-            )
-        return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # open files stay with the process that opened them
+        """Return the image file of a row, as it came; raises `DataError` when its shard is missing or short."""
+        shard = self._shard_names[int(self._shards[row])]
+        return self.reader.read(shard, int(self._offsets[row]), int(self._sizes[row]))
 
 
 def fingerprint(table: pa.Table) -> str:
-    """SHA-256 (hex) over key, image digest, label and split of every row of an index."""
+    """Return the SHA-256 (hex) over key, image digest, label and split of every row of an index."""
     digest = hashlib.sha256()
     for key, sha256, label, split in zip(
         *(table[name].to_pylist() for name in ("key", "sha256", "label", "split")), strict=True

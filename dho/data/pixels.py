@@ -1,15 +1,18 @@
-"""Rows of the index to batches of pixels, in loader processes.
+"""Rows of the index to batches of pixels.
 
-pixels = Pixels(index, config.views, size=224, interpolation="bicubic")
-pixels.batch(rows, view=0)          # uint8 [n, 224, 224, 3], view 0 of every row
-pixels.batch(rows, view=None)       # the plain centre view
+    pixels = Pixels(index, config.views, size=224, interpolation="bicubic")
+    pixels.batch(rows, view=0)          # uint8 [n, 224, 224, 3], view 0 of every row
+    pixels.batch(rows, view=None)       # the plain centre view
+
+`rendering_fingerprint` says by which pixels something was made that was computed from views.
 """
 
 from __future__ import annotations
 
-import signal
+import hashlib
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dho.config import ViewsConfig
 from dho.core.errors import DataError
@@ -26,8 +28,9 @@ from dho.data.views import random_view
 from dho.runtime.dho_runtime import ImageRejected, centre_box, decode, render
 
 KEEP_BYTES = 256 * 2**20
-"""Decoded images that a process keeps for the next epoch, and views of the few labelled images, which come again in every other step: so
-much for each."""
+"""So much for each: decoded images that a process keeps for the next epoch, and views of the few labelled images, which
+come again in every other step."""
+EXIF_ORIENTATION = 0x0112
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Pixels:
 
     Args:
         index, views, size, interpolation: what is rendered, and how.
-        keep_bytes: memory for decoded images that a process keeps, first come first kept; of use where images come again.
+        keep_bytes: memory for decoded images that a process keeps, first come first kept; useful where images recur.
     """
 
     index: Index
@@ -53,10 +56,11 @@ class Pixels:
         view: int | Sequence[int] | np.ndarray[Any, Any] | None,
         keep: bool = False,
     ) -> Tensor:
-        """uint8 [n, size, size, 3]: of each row the view with its number (one for all, or one each), or the centre view for None.
+        """Render one view of each row: uint8 [n, size, size, 3].
 
         Args:
-            rows, view: which.
+            rows: of the index.
+            view: number of the view, one for all rows or one for each; None for the plain centre view.
             keep: remember what is rendered, in this process, for views that come again and again.
 
         Raises:
@@ -75,7 +79,13 @@ class Pixels:
         return torch.from_numpy(out)
 
     def all_views(self, rows: Sequence[int] | np.ndarray[Any, Any], count: int | None) -> Tensor:
-        """uint8 [n, count, size, size, 3]: views 0 to count - 1 of each row, each image decoded once; the centre view alone for None."""
+        """Render views 0 to count - 1 of each row, each image decoded once: uint8 [n, count, size, size, 3].
+
+        With None for `count`, the plain centre view alone is rendered: uint8 [n, 1, size, size, 3].
+
+        Raises:
+            DataError: an image cannot be decoded although `prepare` could (the shard was changed).
+        """
         numbers: list[int | None] = [None] if count is None else list(range(count))
         out = np.empty((len(rows), len(numbers), self.size, self.size, 3), np.uint8)
         for i, row in enumerate(rows):
@@ -89,7 +99,8 @@ class Pixels:
             image = decode(self.index.read(row), max_pixels=sys.maxsize)  # `prepare` has applied `data.max_pixels`
         except ImageRejected as reason:
             raise DataError(
-                f"image {self.index.keys[row]} of {self.index.folder} cannot be decoded ({reason}); run the prepare stage"
+                f"image {self.index.keys[row]} of {self.index.folder} cannot be decoded ({reason}); "
+                "run the prepare stage"
             ) from reason
         size = 4 * image.width * image.height  # Pillow keeps RGB in 4 bytes
         if size <= self.keep_bytes:
@@ -100,45 +111,60 @@ class Pixels:
     def _render(self, row: int, numbers: Sequence[int | None], out: np.ndarray[Any, Any]) -> None:
         image = self._decode(row)
         for i, number in enumerate(numbers):
-            if number is None:
-                box, flip = centre_box(image.width, image.height), False
-            else:
-                box, flip = random_view(self.views, self.index.sha256(row), int(number), image.width, image.height)
-            out[i] = render(image, box, self.size, self.interpolation, flip)
+            out[i] = _view(image, self.index.sha256(row), number, self.views, self.size, self.interpolation)
 
 
-class _Batches(Dataset[Any]):
-    def __init__(self, make: Callable[[int], Any], count: int) -> None:
-        self.make, self.count = make, count
+def _view(
+    image: Image.Image, sha256: bytes, number: int | None, views: ViewsConfig, size: int, interpolation: str
+) -> np.ndarray[Any, Any]:
+    """Render view `number` of an image, or the plain centre view for None: uint8 [size, size, 3]."""
+    if number is None:
+        box, flip = centre_box(image.width, image.height), False
+    else:
+        box, flip = random_view(views, sha256, int(number), image.width, image.height)
+    return render(image, box, size, interpolation, flip)
 
-    def __len__(self) -> int:
-        return self.count
 
-    def __getitem__(self, number: int) -> Any:
-        return self.make(number)
+def rendering_fingerprint(interpolation: str, size: int, views: ViewsConfig) -> str:
+    """Return the SHA-256 (hex) over the pixels of a few fixed images and of views of them.
 
+    It changes with what `decode`, `random_view`, `centre_box` or `render` answer, and with nothing else: what was
+    computed from views can say by which pixels it was made.
 
-def loader(
-    make: Callable[[int], Any], first: int, count: int, workers: int, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """Iterate over `make(first), ..., make(count - 1)`, in order, made ahead of time by `workers` processes.
-
-    `make` must be picklable and a function of its argument alone, so the result does not depend on the number of workers.
+    Args:
+        interpolation, size: as for `Pixels`.
+        views: seed, scale and flip; `count` does not matter.
     """
-    return DataLoader(
-        _Batches(make, count),
-        batch_size=None,
-        sampler=range(first, count),
-        num_workers=workers,
-        worker_init_fn=_outlive_signals,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-    )
+    digest = hashlib.sha256()
+    for number, data in enumerate(_sample_images()):
+        image = decode(data)
+        name = hashlib.sha256(str(number).encode()).digest()  # not of `data`, whose compression is zlib's affair
+        for pixels in (image, *(_view(image, name, view, views, size, interpolation) for view in (0, 1, None))):
+            values = np.ascontiguousarray(pixels)
+            digest.update(f"{values.shape}{values.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
-def _outlive_signals(_: int) -> None:
-    # torchrun signals the whole process group. A worker that died at once would take the step away from under the trainer,
-    # which is still to finish it and write a checkpoint; workers end when the trainer does.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _sample_images() -> list[bytes]:
+    """Return fixed images as PNG: wide RGB, grey, a palette with a clear colour, 16-bit grey, and tall but rotated."""
+    generator = np.random.default_rng(0)
+    wide, tall = (generator.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 56, 3), (61, 37, 3)))
+    grey, indices = (generator.integers(0, top, (48, 48), dtype=np.uint8) for top in (256, 16))
+    deep = generator.integers(0, 65536, (33, 47), dtype=np.uint16)
+    palette = Image.fromarray(indices).convert("P")
+    palette.putpalette(generator.integers(0, 256, 3 * 256, dtype=np.uint8).tobytes())
+    rotation = Image.Exif()
+    rotation[EXIF_ORIENTATION] = 6  # a quarter turn
+
+    files = []
+    for image, options in (
+        (Image.fromarray(wide), {}),
+        (Image.fromarray(grey), {}),
+        (palette, {"transparency": 3}),
+        (Image.fromarray(deep), {}),
+        (Image.fromarray(tall), {"exif": rotation}),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", **options)
+        files.append(buffer.getvalue())
+    return files

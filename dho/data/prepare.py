@@ -2,8 +2,9 @@
 
     dho prepare
 
-Images are stored as they came. Files that cannot be used are listed in `rejected.csv` with the reason; more of them than
-`data.max_rejected` stop the stage. The output folder is complete or absent: it is written under another name and renamed.
+Images are stored as they came. Files that cannot be used are listed in `rejected.csv` with the reason; more of them
+than `data.max_rejected` stop the stage. The output folder is complete or absent: it is written under another name and
+renamed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dho.catalogue import datasets as catalogue
 from dho.config import Config, DataConfig
 from dho.core.errors import DataError
 from dho.core.files import sync
 from dho.core.progress import progress
 from dho.core.workspace import Workspace
+from dho.data.dataset import data_set
 from dho.data.index import CARD, INDEX, SCHEMA, Index, fingerprint
 from dho.data.sources import Source, open_source
 from dho.data.splits import SPLITS, Draw, draw
@@ -40,7 +41,7 @@ REJECTED = "rejected.csv"
 
 
 @dataclass(frozen=True)
-class Inspected:
+class Inspection:
     """What one look at an image file found."""
 
     sha256: str
@@ -59,25 +60,25 @@ def prepare(config: Config, workspace: Workspace) -> Index:
     """
     data, out = config.data, workspace.prepared
     source = open_source(data, workspace.raw)
-    inspected = _inspect_all(source, data.max_pixels)
-    rejected = {number: found for number, found in enumerate(inspected) if found.reason is not None}
+    inspections = _inspect_all(source, data.max_pixels)
+    rejected = {number: inspection for number, inspection in enumerate(inspections) if inspection.reason is not None}
     _refuse_too_many(source, rejected, data.max_rejected)
-    usable = {number: found.sha256 for number, found in enumerate(inspected) if found.reason is None}
-    drawn = draw(source.records, usable, source.class_names, data.splits, data.on_leak)
+    usable = {number: inspection.sha256 for number, inspection in enumerate(inspections) if inspection.reason is None}
+    result = draw(source.records, usable, source.class_names, data.splits, data.on_leak)
 
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    table = pa.Table.from_pylist(
-        list(_write_shards(source, inspected, drawn, unfinished, data.shard_images)), schema=SCHEMA
-    )
+    rows = list(_write_shards(source, inspections, result, unfinished, data.shard_images))
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table, unfinished / INDEX)
     _write_rejected(source, rejected, unfinished / REJECTED)
-    card = _card(data, source, table, drawn, len(rejected))
+    card = _card(data, source, table, result, len(rejected))
     (unfinished / CARD).write_text(json.dumps(card, indent=2) + "\n")
     for path in unfinished.iterdir():
         sync(path)
-    # Two renames, so that the folder under `out` is never a part of one.
+
+    # Two renames, so that the folder under `out` is always a whole one.
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -85,23 +86,26 @@ def prepare(config: Config, workspace: Workspace) -> Index:
     unfinished.replace(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
     counts = ", ".join(f"{count} {name}" for name, count in card["images"].items())
-    print(f"prepare: {counts}; {len(rejected)} rejected, {len(drawn.dropped)} dropped")
+    print(f"prepare: {counts}; {len(rejected)} rejected, {len(result.dropped)} dropped")
     return Index.load(out)
 
 
-def _inspect_all(source: Source, max_pixels: int) -> list[Inspected]:
+def _inspect_all(source: Source, max_pixels: int) -> list[Inspection]:
     numbers = range(len(source.records))
     chunks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
     workers = min(os.cpu_count() or 1, len(chunks))
-    if workers == 1:
+    if workers <= 1:
         _share(source, max_pixels)
-        return [found for chunk in progress(chunks, "prepare: checking", unit=256) for found in _inspect(chunk)]
+        return [
+            inspection for chunk in progress(chunks, "prepare: checking", unit=256) for inspection in _inspect(chunk)
+        ]
     with ProcessPoolExecutor(workers, initializer=_share, initargs=(source, max_pixels)) as pool:
         return [
-            found
-            for part in progress(pool.map(_inspect, chunks), "prepare: checking", len(chunks), unit=256)
-            for found in part
+            inspection
+            for inspections in progress(pool.map(_inspect, chunks), "prepare: checking", len(chunks), unit=256)
+            for inspection in inspections
         ]
 
 
@@ -113,25 +117,25 @@ def _share(source: Source, max_pixels: int) -> None:
     _shared.update(source=source, max_pixels=max_pixels)
 
 
-def _inspect(numbers: range) -> list[Inspected]:
+def _inspect(numbers: range) -> list[Inspection]:
     return [inspect(_shared["source"], number, _shared["max_pixels"]) for number in numbers]
 
 
-def inspect(source: Source, number: int, max_pixels: int) -> Inspected:
+def inspect(source: Source, number: int, max_pixels: int) -> Inspection:
     """Read and decode one file."""
     try:
         data = source.read(number)
     except OSError as error:
-        return Inspected("", 0, 0, "", f"cannot be read: {error.strerror}")
+        return Inspection("", 0, 0, "", f"cannot be read: {error.strerror}")
     try:
         image = decode(data, max_pixels)
     except ImageRejected as reason:
-        return Inspected("", 0, 0, "", str(reason))
-    return Inspected(hashlib.sha256(data).hexdigest(), image.width, image.height, _extension(data), None)
+        return Inspection("", 0, 0, "", str(reason))
+    return Inspection(hashlib.sha256(data).hexdigest(), image.width, image.height, _extension(data), None)
 
 
 def _extension(data: bytes) -> str:
-    """The usual file ending of an image format, by its first bytes: WebDataset's readers choose a decoder by it."""
+    """Return the usual file ending of an image format, by its first bytes: WebDataset's readers go by it."""
     for start, extension in (
         (b"\x89PNG", "png"),
         (b"\xff\xd8", "jpg"),
@@ -144,49 +148,51 @@ def _extension(data: bytes) -> str:
     return "tif"
 
 
-def _refuse_too_many(source: Source, rejected: dict[int, Inspected], limit: float) -> None:
+def _refuse_too_many(source: Source, rejected: dict[int, Inspection], limit: float) -> None:
     share = len(rejected) / max(1, len(source.records))
     if share > limit:
-        number, found = next(iter(rejected.items()))
+        number, inspection = next(iter(rejected.items()))
         raise DataError(
-            f"{len(rejected)} of {len(source.records)} files ({share:.1%}) cannot be used, more than data.max_rejected {limit:.1%}; "
-            f"the first: {source.records[number].source}: {found.reason}; mend them, or raise the limit to see all in {REJECTED}"
+            f"{len(rejected)} of {len(source.records)} files ({share:.1%}) cannot be used, "
+            f"more than data.max_rejected {limit:.1%}; the first: {source.records[number].path}: {inspection.reason}; "
+            f"fix them, or raise the limit to see all in {REJECTED}"
         )
 
 
 def _write_shards(
-    source: Source, inspected: list[Inspected], drawn: Draw, folder: Path, shard_images: int
+    source: Source, inspections: list[Inspection], result: Draw, folder: Path, shard_images: int
 ) -> Iterator[dict[str, Any]]:
     """Write the shards of every split and yield the index's rows, in the order of the splits and then of the source."""
-    order = sorted(drawn.split, key=lambda number: (SPLITS.index(drawn.split[number]), number))
+    order = sorted(result.split, key=lambda number: (SPLITS.index(result.split[number]), number))
     place: Counter[str] = Counter()
     shard: tarfile.TarFile | None = None
     shard_name = ""
     try:
         for position, number in enumerate(progress(order, "prepare: writing shards")):
-            split, record, found = drawn.split[number], source.records[number], inspected[number]
+            split, record, inspection = result.split[number], source.records[number], inspections[number]
             name = f"{split}-{place[split] // shard_images:05d}.tar"
             place[split] += 1
             if shard is None or name != shard_name:
                 if shard is not None:
                     shard.close()
-                shard, shard_name = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT), name  # noqa: SIM115 (spans iterations)
-            key, data = f"{position:08d}", _read_again(source, number, found)
+                shard_name = name
+                shard = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (spans iterations)
+            key, data = f"{position:08d}", _read_again(source, number, inspection)
             label = record.label if split != "unlabelled" else None
-            offset = _add(shard, f"{key}.{found.extension}", data)
+            offset = _add(shard, f"{key}.{inspection.extension}", data)
             if label is not None:
                 _add(shard, f"{key}.cls", str(label).encode())
             if record.caption is not None:
                 _add(shard, f"{key}.txt", record.caption.encode())
             yield {
                 "key": key,
-                "source": record.source,
-                "sha256": bytes.fromhex(found.sha256),
+                "source": record.path,
+                "sha256": bytes.fromhex(inspection.sha256),
                 "shard": name,
                 "offset": offset,
                 "size": len(data),
-                "width": found.width,
-                "height": found.height,
+                "width": inspection.width,
+                "height": inspection.height,
                 "label": label,
                 "split": split,
                 "caption": record.caption,
@@ -196,13 +202,13 @@ def _write_shards(
             shard.close()
 
 
-def _read_again(source: Source, number: int, found: Inspected) -> bytes:
+def _read_again(source: Source, number: int, inspection: Inspection) -> bytes:
     try:
         data = source.read(number)
     except OSError:
         data = b""
-    if hashlib.sha256(data).hexdigest() != found.sha256:
-        raise DataError(f"{source.records[number].source} changed while it was being prepared; run the stage again")
+    if hashlib.sha256(data).hexdigest() != inspection.sha256:
+        raise DataError(f"{source.records[number].path} changed while it was being prepared; run the stage again")
     return data
 
 
@@ -215,23 +221,24 @@ def _add(shard: tarfile.TarFile, name: str, data: bytes) -> int:
     return start + tarfile.BLOCKSIZE
 
 
-def _write_rejected(source: Source, rejected: dict[int, Inspected], path: Path) -> None:
+def _write_rejected(source: Source, rejected: dict[int, Inspection], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["source", "reason"])
-        writer.writerows([source.records[number].source, found.reason] for number, found in rejected.items())
+        writer.writerows([source.records[number].path, inspection.reason] for number, inspection in rejected.items())
 
 
-def _card(config: DataConfig, source: Source, table: pa.Table, drawn: Draw, rejected: int) -> dict[str, Any]:
+def _card(config: DataConfig, source: Source, table: pa.Table, result: Draw, rejected: int) -> dict[str, Any]:
     counts = Counter(table["split"].to_pylist())
+    row = data_set(config)
     return {
-        "name": config.name,
+        "name": row.name,
         "class_names": source.class_names,
         "fingerprint": fingerprint(table),
-        "licence": catalogue.entry(config).licence,
+        "licence": row.licence,
         "images": {split: counts[split] for split in SPLITS if counts[split]},
-        "left_out": len(source.records) - len(table) - rejected - len(drawn.dropped),
+        "left_out": len(source.records) - len(table) - rejected - len(result.dropped),
         "rejected": rejected,
-        "dropped_leaks": len(drawn.dropped),
-        "duplicates_within": {split: count for split, count in drawn.duplicates.items() if count},
+        "dropped_leaks": len(result.dropped),
+        "duplicates_within": {split: count for split, count in result.duplicates.items() if count},
     }

@@ -1,6 +1,6 @@
 """Who gets which image: class-balanced, seeded splits in which no image appears twice on both sides.
 
-The order of the draw is that of SHA-256-like digests of (seed, source name), so it is the same with every library and platform.
+The order of the draw is that of digests of (seed, the image's path), so it is the same on every platform.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Draw:
 def draw(records: list[Record], sha256: dict[int, str], classes: list[str], config: SplitsConfig, on_leak: str) -> Draw:
     """Divide records into splits.
 
-    The splits are filled in the order test, val (those with a list of their own before those that are drawn), labelled, captions,
-    unlabelled; an image whose bytes an earlier split holds is a leak: with `on_leak="drop"` the later copy (the training side) is left
-    out and, where the split is drawn, another image takes its place.
+    The splits are filled in the order test, val (those with a list of their own before those that are drawn), labelled,
+    captions, unlabelled. An image whose bytes an earlier split holds is a leak: with `on_leak="drop"` the later copy
+    (the training side) is left out and, where the split is drawn, another image takes its place.
 
     Args:
         records: all records of the source.
@@ -48,7 +48,7 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
     """
     result = Draw()
     holder: dict[str, int] = {}
-    usable = sorted(sha256, key=lambda number: _order(config.seed, records[number].source))
+    usable = sorted(sha256, key=lambda number: _order(config.seed, records[number].path))
     pools: dict[str, list[int]] = defaultdict(list)
     for number in usable:
         pools[records[number].pool].append(number)
@@ -57,9 +57,9 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
     free = dict.fromkeys(pools["train"])
 
     def take(split: str, candidates: Iterable[int], limit: int | None) -> int:
-        taken = 0
+        count = 0
         for number in candidates:
-            if limit is not None and taken == limit:
+            if limit is not None and count == limit:
                 break
             free.pop(number, None)
             other = holder.setdefault(sha256[number], number)
@@ -67,14 +67,15 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
                 result.dropped.append((number, other))
                 if on_leak == "error":
                     raise DataError(
-                        f"{records[number].source} ({split}) and {records[other].source} ({result.split[other]}) are the same image, "
-                        f"SHA-256 {sha256[number][:16]}...; remove one, or set data.on_leak: drop to drop the copy on the training side"
+                        f"{records[number].path} ({split}) and {records[other].path} ({result.split[other]}) "
+                        f"are the same image, SHA-256 {sha256[number][:16]}...; remove one, "
+                        "or set data.on_leak: drop to drop the copy on the training side"
                     )
                 continue
             result.duplicates[split] += other != number
             result.split[number] = split
-            taken += 1
-        return taken
+            count += 1
+        return count
 
     def by_class() -> dict[int, list[int]]:
         groups: dict[int, list[int]] = {label: [] for label in range(len(classes))}
@@ -89,28 +90,29 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
 
     def take_balanced(split: str, sizes: list[int], key: str) -> None:
         for (label, candidates), each in zip(by_class().items(), sizes, strict=True):
-            if (taken := take(split, candidates, each)) < each:
+            if (count := take(split, candidates, each)) < each:
                 raise DataError(
-                    f"class {classes[label]!r} has {taken} labelled images left for {split}; {key} asks for {each}"
+                    f"class {classes[label]!r} has {count} labelled images left for {split}; {key} asks for {each}"
                 )
 
     for split in ("test", "val"):
-        take(split, pools[split], None)
+        take(split, pools[split], None)  # before any split is drawn, so that the lists are kept whole
     for split, each in (("test", config.test_per_class), ("val", config.val_per_class)):
         if not pools[split]:
             take_balanced(split, [each] * len(classes), f"data.splits.{split}_per_class")
+
     if config.shots is not None:
         take_balanced("labelled", [config.shots] * len(classes), "data.splits.shots")
     else:
         fraction = config.labelled_fraction
         for label, candidates in by_class().items():
-            if (
-                take("labelled", candidates, None if fraction is None else max(1, round(fraction * len(candidates))))
-                == 0
-            ):
+            limit = None if fraction is None else max(1, round(fraction * len(candidates)))
+            if take("labelled", candidates, limit) == 0:
                 raise DataError(
-                    f"class {classes[label]!r} has no labelled image left for training; give it more, or lower data.splits.val_per_class"
+                    f"class {classes[label]!r} has no labelled image left for training; "
+                    "give it more, or lower data.splits.val_per_class"
                 )
+
     take("captions", pools["captions"], None)
     take_balanced(
         "captions", share(config.captions), f"data.splits.captions {config.captions}, shared equally by the classes,"
@@ -125,5 +127,5 @@ def draw(records: list[Record], sha256: dict[int, str], classes: list[str], conf
     return result
 
 
-def _order(seed: int, source: str) -> bytes:
-    return hashlib.blake2b(f"{seed}:{source}".encode(), digest_size=16).digest()
+def _order(seed: int, path: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=16).digest()

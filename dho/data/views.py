@@ -1,10 +1,10 @@
-"""Views: one seeded crop and flip of one image, the same for teacher and student, on every rank, platform and number of workers.
+"""Views: one seeded crop and flip of one image, the same for teacher and student, on every rank and platform.
 
     box, flip = random_view(config.views, sha256, view=epoch % config.views.count, width=640, height=480)
 
-A view is a box in the image's own pixels and a flip, so each model can render it at its own input size. The randomness is a function of
-(seed, sha256, view number) alone; there is no generator to seed or to advance. Only operations that IEEE 754 rounds exactly are used
-(no exp, no log), so the boxes cannot differ between platforms.
+A view is a box in the image's own pixels and a flip, so each model can render it at its own input size. The randomness
+is a function of (seed, sha256, view number) alone; there is no generator to seed or to advance. Only operations that
+IEEE 754 rounds exactly are used (no exp, no log), so the boxes cannot differ between platforms.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import math
 from dho.config import ViewsConfig
 from dho.runtime.dho_runtime import Box, centre_box
 
-LARGEST_RATIO = 4 / 3
+MAX_RATIO = 4 / 3
 """Aspect ratios run from 3/4 to 4/3, wide and tall alike."""
-ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 
 
 def random_view(config: ViewsConfig, sha256: bytes, view: int, width: int, height: int) -> tuple[Box, bool]:
-    """Random resized crop and horizontal flip of view number `view` (Table 7: 0.5-1.0 of the area).
+    """Draw the random resized crop and the horizontal flip of view number `view` (Table 7: 0.5-1.0 of the area).
 
     Args:
         config: seed, scale and flip.
@@ -34,7 +34,7 @@ def random_view(config: ViewsConfig, sha256: bytes, view: int, width: int, heigh
     """
     low, high = config.scale
     seed = config.seed.to_bytes(8, "little")
-    for attempt in range(ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         digest = hashlib.blake2b(
             sha256, digest_size=40, key=seed, salt=view.to_bytes(8, "little") + attempt.to_bytes(8, "little")
         ).digest()
@@ -42,7 +42,7 @@ def random_view(config: ViewsConfig, sha256: bytes, view: int, width: int, heigh
             int.from_bytes(digest[i : i + 8], "little") >> 11 for i in range(0, 40, 8)
         )
         area = width * height * (low + (high - low) * _unit(area_u))
-        ratio = 1 + (LARGEST_RATIO - 1) * _unit(ratio_u)
+        ratio = 1 + (MAX_RATIO - 1) * _unit(ratio_u)
         if sides_u & 1:
             ratio = 1 / ratio
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -55,5 +55,5 @@ def random_view(config: ViewsConfig, sha256: bytes, view: int, width: int, heigh
 
 
 def _unit(bits: int) -> float:
-    """53 random bits as a float in [0, 1)."""
+    """Return 53 random bits as a float in [0, 1)."""
     return bits * 2.0**-53

@@ -20,7 +20,8 @@ from dho.core.files import replacing
 from dho.core.partition import partition
 from dho.core.process import Process, gather_rows
 from dho.data.index import Index
-from dho.data.pixels import Pixels, loader
+from dho.data.loader import loader
+from dho.data.pixels import Pixels
 from dho.student.model import Student
 
 

@@ -31,7 +31,8 @@ from dho.core.progress import bar
 from dho.core.tensors import write_tensors
 from dho.core.workspace import Workspace
 from dho.data.index import Index
-from dho.data.pixels import KEEP_BYTES, Pixels, loader
+from dho.data.loader import loader
+from dho.data.pixels import KEEP_BYTES, Pixels
 
 WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 

@@ -23,6 +23,7 @@ from dho.config import Config, ViewsConfig, digest, flatten
 from dho.core.errors import StoreMismatch
 from dho.core.partition import partition
 from dho.data.index import Index
+from dho.data.pixels import rendering_fingerprint
 
 META, TEXT_WEIGHTS = "meta.json", "text_weights.npy"
 PARTS = {"train": ("labelled", "unlabelled"), "eval": ("val", "test")}
@@ -35,11 +36,24 @@ def part_views(name: str, views: ViewsConfig) -> int | None:
     return views.count if name == "train" else None
 
 
-def data_identity(index: Index, views: ViewsConfig) -> dict[str, Any]:
-    """What of the data a store depends on."""
+def data_identity(index: Index, views: ViewsConfig, preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the data, and of the code that renders it, a store depends on.
+
+    Args:
+        index, views: whose embeddings.
+        preprocessing: the teacher's `input_size` and `interpolation`.
+    """
+    # Of fixed views, so that it differs where the code answers otherwise and nowhere else.
+    rendering = rendering_fingerprint(preprocessing["interpolation"], preprocessing["input_size"], ViewsConfig())
     return {
         "dataset": {"name": index.name, "fingerprint": index.fingerprint},
-        "views": {"seed": views.seed, "count": views.count, "scale": views.scale, "flip": views.flip},
+        "views": {
+            "seed": views.seed,
+            "count": views.count,
+            "scale": views.scale,
+            "flip": views.flip,
+            "rendering": rendering,
+        },
     }
 
 
@@ -110,7 +124,7 @@ class TeacherStore:
         if meta is None:
             raise StoreMismatch(f"{folder}: no teacher store here; run the teach stage")
         teacher = {"teacher": {"model": config.teacher.model, "pretrained": config.teacher.pretrained}}
-        if wrong := differences(meta, data_identity(index, config.views) | teacher):
+        if wrong := differences(meta, data_identity(index, config.views, meta["teacher"]["preprocessing"]) | teacher):
             raise StoreMismatch(f"teacher store {folder} does not match: {'; '.join(wrong)}; run the teach stage")
         if not meta.get("complete"):
             raise StoreMismatch(f"teacher store {folder} is not complete; run the teach stage, which continues it")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dho.catalogue.datasets import templates
 from dho.config import Config, digest
 from dho.core.errors import StoreMismatch
 from dho.core.files import replacing, sha256_file, write_atomically
@@ -27,8 +26,10 @@ from dho.core.partition import partition
 from dho.core.process import Process, barrier, loading_processes
 from dho.core.progress import bar
 from dho.core.workspace import Workspace
+from dho.data.dataset import templates
 from dho.data.index import Index
-from dho.data.pixels import Pixels, loader
+from dho.data.loader import loader
+from dho.data.pixels import Pixels
 from dho.teacher.clip import Teacher
 from dho.teacher.store import (
     FORMAT,
@@ -78,6 +79,7 @@ def teach(config: Config, workspace: Workspace, process: Process, rebuild: bool 
 
 
 def _meta(config: Config, index: Index, teacher: Teacher) -> dict[str, Any]:
+    description = teacher.describe()
     parts = {}
     for name, splits in PARTS.items():
         images = len(index.rows(*splits))
@@ -86,8 +88,8 @@ def _meta(config: Config, index: Index, teacher: Teacher) -> dict[str, Any]:
         parts[name] = {"shape": [images, views, teacher.dim], "dtype": "float16", "shards": shards}
     return {
         "format": FORMAT,
-        "teacher": teacher.describe(),
-        **data_identity(index, config.views),
+        "teacher": description,
+        **data_identity(index, config.views, description["preprocessing"]),
         "dim": teacher.dim,
         "logit_scale": teacher.logit_scale,
         "parts": parts,

@@ -76,7 +76,7 @@ def test_a_value_of_the_wrong_type_is_refused(tree: Any, line: str) -> None:
         ({"train": {"lambda_ce": 1.5}}, "train.lambda_ce is 1.5; expected a number >= 0 and <= 1"),
         ({"train": {"eta": 0}}, "train.eta is 0.0; expected a number > 0"),
         ({"train": {"method": "magic"}}, "train.method is 'magic'; expected one of dho, ce, kd, ce_kd"),
-        ({"data": {"name": "cifar"}}, "data.name is 'cifar'; expected one of fashion_mnist, folder"),
+        ({"data": {"name": "cifar"}}, "data.name is 'cifar'; expected one of fashion_mnist, folder, coop, imagefolder"),
         ({"data": {"on_leak": "ignore"}}, "data.on_leak is 'ignore'; expected one of error, drop"),
         ({"data": {"splits": {"shots": 0}}}, "data.splits.shots is 0; expected a whole number or null >= 1"),
         (

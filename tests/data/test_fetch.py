@@ -1,4 +1,4 @@
-"""Stage `fetch`: whichever way works, the same bytes; a server that stalls does not hold anyone up. No test leaves this machine."""
+"""Stage `fetch`: whichever way works, the same bytes; a stalled server holds nobody up. No test leaves this machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import pytest
 from conftest import write_folder
 
 from dho.catalogue import datasets as catalogue
-from dho.catalogue.datasets import CATALOGUE, Entry
+from dho.catalogue.datasets import DATASETS, DataSet
 from dho.config import Config, from_dict
 from dho.core.errors import DataError
 from dho.core.workspace import Workspace
-from dho.data import fetch as fetching
-from dho.data.fetch import download, fetch
+from dho.data import download as downloading
+from dho.data.download import download
+from dho.data.fetch import fetch
 
 CONTENT = {"train-images": bytes(range(256)) * 500, "train-labels": b"labels " * 20}
 FILES = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
@@ -101,11 +102,20 @@ def slow_but_steady(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def data_set(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a data set of two small files in Fashion-MNIST's place in the catalogue, with the ways to it that a test wants."""
+    """Puts a data set of two small files in Fashion-MNIST's place in the catalogue, with the ways that a test wants."""
 
     def put(home: str = "", debian_package: str = "", debian_folder: str = "") -> None:
-        entry = Entry("fashion_mnist", ("a", "b"), ("{}",), "none", home, debian_package, debian_folder, FILES)
-        monkeypatch.setitem(CATALOGUE, "fashion_mnist", entry)
+        row = DataSet(
+            "fashion_mnist",
+            "two files",
+            "arrays",
+            ("a", "b"),
+            home=home,
+            debian_package=debian_package,
+            debian_folder=debian_folder,
+            files=FILES,
+        )
+        monkeypatch.setitem(DATASETS, "fashion_mnist", row)
 
     return put
 
@@ -198,7 +208,7 @@ def test_a_stalled_download_is_given_up_in_time(
             download(home, tmp_path, FILES, stall_s=0.5)
         overhead = time.monotonic() - began - 0.5
     assert overhead < 4  # a busy machine; the rule below leaves this much
-    assert fetching.STALL_S + 4 < 20
+    assert downloading.STALL_S + 4 < 20
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,7 +233,7 @@ def test_a_slow_download_that_moves_is_not_given_up(tmp_path: Path) -> None:
 def test_after_a_stall_the_next_way_is_taken_and_the_reason_told(
     data_set: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetching, "STALL_S", 0.5)
+    monkeypatch.setattr(downloading, "STALL_S", 0.5)
     archive = debian_archive(tmp_path / "debian", monkeypatch)
     with server(never_answer) as home:
         data_set(home=home, **archive)
@@ -257,7 +267,10 @@ def debian_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
         pytest.skip("needs apt-get and dpkg-deb")
     tree = folder / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
-    fields = "Package: dho-test-data\nVersion: 1\nArchitecture: all\nMaintainer: dho <dho@example.org>\nDescription: two files\n"
+    fields = (
+        "Package: dho-test-data\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: dho <dho@example.org>\nDescription: two files\n"
+    )
     (tree / "DEBIAN" / "control").write_text(fields)
     put_source(tree / "files", True)
     subprocess.run(
@@ -272,7 +285,8 @@ def debian_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
     (folder / "sources.list").write_text(f"deb [trusted=yes] file:{folder} ./\n")
     (folder / "lists" / "partial").mkdir(parents=True)
     (folder / "apt.conf").write_text(
-        f'Dir::Etc::sourcelist "{folder}/sources.list";\nDir::Etc::sourceparts "-";\nDir::State::lists "{folder}/lists";\n'
+        f'Dir::Etc::sourcelist "{folder}/sources.list";\nDir::Etc::sourceparts "-";\n'
+        f'Dir::State::lists "{folder}/lists";\n'
     )
     monkeypatch.setenv("APT_CONFIG", str(folder / "apt.conf"))
     return {"debian_package": "dho-test-data", "debian_folder": "files"}

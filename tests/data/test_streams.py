@@ -1,4 +1,4 @@
-"""The two streams: every image once an epoch over all ranks, a function of the step number alone, the same pixels for both."""
+"""The two streams: every image once per epoch over all ranks, a function of the step, the same pixels for both."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ import torch
 from conftest import Tiny
 
 from dho.config import ViewsConfig
-from dho.data.pixels import Pixels, loader
+from dho.data import pixels as pixels_module
+from dho.data.loader import loader
+from dho.data.pixels import Pixels, rendering_fingerprint
 from dho.data.views import random_view
 from dho.runtime.dho_runtime import centre_box, decode, render
 
@@ -196,3 +198,49 @@ def test_val_and_test_see_the_plain_view_unmirrored(tiny: Tiny) -> None:
     difference = np.abs(pixels.batch([row], view=None)[0].numpy().astype(int) - expected)
     assert difference[1:-1, 1:-1].max() <= 1  # at the border Pillow's filter also sees what lies outside the box
     assert (pixels.all_views([row], None)[0, 0] == pixels.batch([row], view=None)[0]).all()
+
+
+# The fingerprint of the rendering
+
+
+@pytest.mark.parametrize("name", ["render", "decode", "random_view", "centre_box"])
+def test_the_rendering_fingerprint_changes_with_what_a_step_answers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = rendering_fingerprint("bicubic", 24, DEFAULT)
+    original = getattr(pixels_module, name)
+
+    def nearest(image: Any, box: Any, size: int, _: str, flip: bool = False) -> Any:
+        view = np.asarray(image.resize((size, size), 0, box=box))
+        return view[:, ::-1] if flip else view
+
+    others = {
+        "render": nearest,
+        "decode": lambda data: original(data).rotate(180),
+        "random_view": lambda *arguments: (original(*arguments)[0], False),
+        "centre_box": lambda width, height: (0, 0, min(width, height), min(width, height)),
+    }
+    monkeypatch.setattr(pixels_module, name, others[name])
+    assert rendering_fingerprint("bicubic", 24, DEFAULT) != before
+    monkeypatch.setattr(pixels_module, name, lambda *arguments: original(*arguments))
+    assert rendering_fingerprint("bicubic", 24, DEFAULT) == before
+
+
+def test_the_rendering_fingerprint_is_that_of_the_views_and_of_nothing_else() -> None:
+    values = {
+        rendering_fingerprint(interpolation, size, views)
+        for interpolation in ("bilinear", "bicubic")
+        for size in (16, 24)
+        for views in (DEFAULT, ViewsConfig(seed=1), ViewsConfig(flip=False), ViewsConfig(scale=[0.2, 0.4]))
+    }
+    assert len(values) == 16
+    assert rendering_fingerprint("bicubic", 24, ViewsConfig(count=9)) in values
+
+
+def test_another_process_has_the_same_rendering_fingerprint() -> None:
+    program = (
+        "from dho.config import ViewsConfig\nfrom dho.data.pixels import rendering_fingerprint\n"
+        "print(rendering_fingerprint('bicubic', 24, ViewsConfig()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, check=True
+    )
+    assert result.stdout.decode().strip() == rendering_fingerprint("bicubic", 24, DEFAULT)

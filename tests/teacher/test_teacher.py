@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import ALONE, CLASSES, Tiny, changed
+from PIL import Image
 
 from dho.config import TeacherConfig
 from dho.core.errors import DataError, StoreMismatch
@@ -67,6 +69,7 @@ def test_meta_says_where_the_store_comes_from(tiny: Tiny) -> None:
     meta = json.loads((tiny.store_folder / "meta.json").read_text())
     assert meta["dataset"]["fingerprint"] == tiny.index.fingerprint
     assert len(meta["teacher"]["weights_sha256"]) == 64
+    assert len(meta["views"].pop("rendering")) == 64
     assert meta["views"] == {"seed": 0, "count": 2, "scale": [0.5, 1.0], "flip": True}
     assert meta["parts"]["train"]["shape"] == [len(tiny.index.rows("labelled", "unlabelled")), 2, 64]
     assert meta["text"]["class_names"] == list(CLASSES)
@@ -205,3 +208,19 @@ def test_made_captions_are_wrong_as_often_as_configured_and_always_the_same(tiny
     assert any(said != true for said, true in zip(captions, truth, strict=True))
     with pytest.raises(DataError, match="'blob'"):
         captioned(index, dataclasses.replace(settings, confusions={"blob": {"circle": 0.1}}))
+
+
+def test_a_store_of_pixels_that_the_code_renders_otherwise_now_is_refused_by_name(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dho.data import pixels
+
+    def nearest(image: Image.Image, box: Any, size: int, interpolation: str, flip: bool = False) -> Any:
+        del interpolation
+        view = np.asarray(image.resize((size, size), Image.Resampling.NEAREST, box=box))
+        return view[:, ::-1] if flip else view
+
+    assert tiny.store.meta["views"]["rendering"]
+    monkeypatch.setattr(pixels, "render", nearest)
+    with pytest.raises(StoreMismatch, match=r"views\.rendering is [0-9a-f]{12}\.\.\. in the store and"):
+        TeacherStore.open(tiny.store_folder, tiny.index, tiny.config)

@@ -28,7 +28,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help_lists_the_stages_in_the_order_of_the_story(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "--help")
     assert code == 0
-    commands = out[out.index("Commands") :]
+    commands = out[out.index("Workflow") :]
     places = [commands.index(f" {stage} ") for stage in STAGES]
     assert places == sorted(places) and "predict" in commands
 
