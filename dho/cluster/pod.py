@@ -1,4 +1,4 @@
-"""What a pod of a PyTorchJob runs, in its working folder (k8s/base/pytorchjob.yaml).
+"""What a pod of a PyTorchJob runs, in its working folder (k8s/pytorchjob/base/pytorchjob.yaml).
 
     dho job pull                # init container: parameters and data of the pinned revision
     dho job train               # main container: torchrun; then rank 0 evaluates, registers and gives the results back

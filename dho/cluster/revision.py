@@ -34,6 +34,8 @@ from dho.core.workspace import Workspace
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
 NEEDS = {"teach": ("data/prepared", "data/pretrained"), "train": ("data/prepared", "data/teacher")}
 """Stage that runs on a cluster -> outputs of earlier stages that it reads."""
+REVISION_PATTERN = re.compile(r"[0-9a-f]{64}")
+REMOTE_PATTERN = re.compile(r"s3://[^/]+(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Remote:
     """Address of an S3 server other than AWS."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"s3://[^/]+(/.*)?", self.url):
+        if not REMOTE_PATTERN.fullmatch(self.url):
             raise DataError(f"remote {self.url!r} is not of the form s3://bucket/prefix, which a cluster needs")
 
     @classmethod
@@ -131,7 +133,7 @@ def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: f
         DataError: `revision` is not one, or what the remote holds under its name is something else.
         RemoteError: there is no such revision, the remote refuses, or it did not answer for `patience_s` seconds.
     """
-    if not re.fullmatch(r"[0-9a-f]{64}", revision):
+    if not REVISION_PATTERN.fullmatch(revision):
         raise DataError(f"DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them")
     name = f"revisions/{revision}.json"
     bundle = patiently(lambda: remote.read(name), patience_s)
