@@ -118,17 +118,9 @@ def evaluate(params: Params = PARAMS) -> None:
 @app.command()
 def register(params: Params = PARAMS) -> None:
     """Put the student into MLflow's model registry as a version with the alias `candidate`."""
-    from dho.registry.lineage import Sources
     from dho.registry.register import register
 
-    config = load(params)
-    sources = Sources(Workspace().prepared, Workspace().teacher, Workspace().plots)
-    done = register(config, Workspace().student, Workspace().metrics, Workspace().registered, sources)
-    print(f"register: models:/{done['name']}@candidate is version {done['version']}")
-    if config.registry.promote == "auto":
-        from dho.registry.promote import promote
-
-        cli_registry.print_decision(promote(config, Workspace().prepared), "champion")
+    register(load(params), Workspace())
 
 
 @app.command()
@@ -162,9 +154,9 @@ def predict(
     if (model is None) != (out is None):
         raise typer.BadParameter("--model and --out go together")
     if model is not None and out is not None:
-        from dho.registry.batch_predict import score
+        from dho.registry.batch_predict import batch_predict
 
-        good, unread = score(load(params).tracking, model, images, out, top)
+        good, unread = batch_predict(load(params).tracking, model, images, out, top)
         print(f"predict: {out} holds {good} images" + (f", and {unread} that cannot be read" if unread else ""))
         return
     from dho.evaluation.predict import predict
@@ -400,10 +392,11 @@ def _in_torchrun(params: Path, *command: str) -> Config:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    from dho.evaluation.evaluate import table
+    from dho.evaluation.metrics import table
 
-    shown = Table("test", "top-1", "top-5", "NLL", "ECE")
-    for row in table(metrics):
+    columns, rows = table(metrics)
+    shown = Table(*columns)
+    for row in rows:
         shown.add_row(*row)
     Console().print(shown)
 
