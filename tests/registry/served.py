@@ -52,7 +52,7 @@ class House:
 
 
 def make_workspace(folder: Path, student: Path | None = None) -> Workspace:
-    """A workspace without a data set, with `student/` (perhaps elsewhere), `metrics.json` and `out.json` in one folder."""
+    """A workspace without a data set: `student/` (perhaps elsewhere), `metrics.json` and `out.json` in a folder."""
     return Workspace(folder, trained=student or folder, evaluated=folder, registered=folder / "out.json")
 
 
