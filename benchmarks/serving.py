@@ -27,13 +27,14 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dho.config import load
+from dho.core.workspace import Workspace
 from dho.data.index import Index
+from dho.registry import CANDIDATE, CHAMPION
 from dho.tracking.server import connect, tracking_uri
 
 
@@ -44,8 +45,8 @@ def main() -> int:
     options = parser.parse_args()
     config = load()
     aliases = connect(config.tracking).get_registered_model(config.registry.name).aliases
-    model = f"models:/{config.registry.name}@{'champion' if 'champion' in aliases else 'candidate'}"
-    index = Index.load(Path("data/prepared"))
+    model = f"models:/{config.registry.name}@{CHAMPION if CHAMPION in aliases else CANDIDATE}"
+    index = Index.load(Workspace().prepared)
     images = [index.read(int(row)) for row in index.rows("test")[:200]]
     with served(model, tracking_uri(config.tracking)) as address:
         failed = load_test(address, images, options.requests, options.clients) + bad_requests(address, images)

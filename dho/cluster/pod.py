@@ -37,12 +37,10 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
     def then() -> None:
         # Only here: every rank would otherwise import MLflow, Matplotlib and pandas each time that training starts again.
         from dho.evaluation import evaluate as report
-        from dho.registry.lineage import Sources
         from dho.registry.register import register
 
         metrics = patiently(lambda: report.evaluate(config, workspace))
-        sources = Sources(workspace.prepared, workspace.teacher, workspace.plots)
-        done = patiently(lambda: register(config, workspace.student, workspace.metrics, workspace.registered, sources))
+        done = patiently(lambda: register(config, workspace))
         outputs = {name: workspace.trained / name for name in ("student", "head_outputs", "history.csv")}
         give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]
