@@ -39,7 +39,7 @@ def publish(
         Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/pytorchjob.yaml.")
     ] = None,
 ) -> None:
-    """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""
+    """Push data, parameters and lock to the DVC remote as a pinned revision for the pods of a cluster; print it."""
     from dho.cluster.revision import pin_manifest
     from dho.cluster.revision import publish as publish_revision
 
@@ -69,7 +69,8 @@ def launch(
 ) -> None:
     """Run a stage as a job on Kubernetes and follow it; options win over launch.kubernetes in params.yaml.
 
-    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C; which leaves it running.
+    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C;
+    which leaves it running.
     """
     from dho.cluster.launcher import launch_of, prepare, published
     from dho.cluster.manifest import to_yaml

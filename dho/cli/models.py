@@ -34,7 +34,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
     params: Params = PARAMS,
 ) -> None:
-    """Label images with the trained student: labels and probabilities, most likely first; or with a registered model, into a file."""
+    """Label images with the trained student, most likely first; or with a registered model, into a file."""
     if (model is None) != (out is None):
         raise typer.BadParameter("--model and --out go together")
     if model is not None and out is not None:
@@ -61,7 +61,7 @@ def promote(
     target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = CHAMPION,
     params: Params = PARAMS,
 ) -> None:
-    """Check a version by the rules of params.yaml (registry.rules) and make it champion; exit code 3 when a rule refuses."""
+    """Check a version by registry.rules of params.yaml and make it champion; exit status 3 when a rule refuses."""
     from dho.registry.lease import LeaseHeld
     from dho.registry.promote import PromotionRefused, print_decision
     from dho.registry.promote import promote as decide
