@@ -176,7 +176,7 @@ def _write_shards(
                 if shard is not None:
                     shard.close()
                 shard_name = name
-                shard = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT)
+                shard = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (spans iterations)
             key, data = f"{position:08d}", _read_again(source, number, inspection)
             label = record.label if split != "unlabelled" else None
             offset = _add(shard, f"{key}.{inspection.extension}", data)

@@ -31,7 +31,7 @@ from PIL import Image
 # each package's code folder in front of sys.path, but Python would not look there again for a name that it already
 # knows.
 sys.modules.pop("dho_runtime", None)
-import dho_runtime
+import dho_runtime  # noqa: E402
 
 COLUMNS = ("label", "probability", "top_labels", "top_probabilities", "error")
 HEAD_COLUMNS = {dho_runtime.head_source(head): head for head in dho_runtime.HEADS}
@@ -52,7 +52,7 @@ class StudentModel(PythonModel):
             context.artifacts["student"], options, providers=["CPUExecutionProvider"]
         )
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
         """Classify encoded images.
 
         Args:

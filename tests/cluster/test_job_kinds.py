@@ -81,7 +81,7 @@ def dho(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def test_a_kind_from_outside_is_rendered_and_checked(project: Path) -> None:
+def test_a_kind_from_outside_is_rendered_and_checked(project: Path) -> None:  # noqa: ARG001
     documents = prepare(Launch(kind=KIND, nodes=4, gpus=2, queue="team", name="mine", image="r/x:1"))
     job = documents[-1]
     assert (job["apiVersion"], job["kind"], job["metadata"]["name"]) == ("jobs.example.org/v2", "FixedJob", "mine")
@@ -89,7 +89,7 @@ def test_a_kind_from_outside_is_rendered_and_checked(project: Path) -> None:
     assert job["spec"]["nprocPerNode"] == "2"
 
 
-def test_a_wrong_manifest_of_a_kind_from_outside_is_refused_in_its_own_words(project: Path) -> None:
+def test_a_wrong_manifest_of_a_kind_from_outside_is_refused_in_its_own_words(project: Path) -> None:  # noqa: ARG001
     kind = job_kind(KIND)
     documents = render(Launch(kind=KIND))
     documents[-1]["apiVersion"] = "kubeflow.org/v1"
@@ -156,7 +156,7 @@ def test_every_feature_can_be_one_that_a_kind_lacks(feature: str, launch: Launch
         ("fixed_jobs:Misspelt", "fixed_jobs:Misspelt: cannot names elastc; expected some of nodes, gpus, elastic"),
     ],
 )
-def test_a_name_that_is_no_kind_of_job_is_one_line(project: Path, name: str, line: str) -> None:
+def test_a_name_that_is_no_kind_of_job_is_one_line(project: Path, name: str, line: str) -> None:  # noqa: ARG001
     with pytest.raises(ConfigError) as caught:
         render(Launch(kind=name))
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)

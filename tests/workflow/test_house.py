@@ -84,5 +84,5 @@ def test_every_public_name_is_there_and_no_other() -> None:
         assert getattr(dho, name) is not None
     assert set(dho.__all__) <= set(dir(dho))
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
-        dho.magic
+        dho.magic  # noqa: B018
     assert "dho" in dho.list_methods() and "fashion_mnist" in dho.list_data_sets() and dho.list_classifiers()

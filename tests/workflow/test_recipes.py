@@ -112,7 +112,7 @@ def newest(folder: Path) -> Path:
 
 def tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     with safe_open(path, "numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def kill_at_a_checkpoint(tree: Tree, folder: Path, step: int) -> Path:

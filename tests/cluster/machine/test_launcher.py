@@ -231,7 +231,7 @@ def pretended(cluster: Cluster) -> Iterator[None]:
 
 @pytest.mark.nodes
 def test_64_nodes_of_8_gpus_run_and_are_followed_by_watching(
-    pretended: None,
+    pretended: None,  # noqa: ARG001
     space: Space,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
