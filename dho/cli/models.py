@@ -23,7 +23,7 @@ def promote(
     target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = CHAMPION,
     params: Params = PARAMS,
 ) -> None:
-    """Check a version by the rules of params.yaml (registry.rules) and make it champion; exit code 3 when a rule refuses."""
+    """Check a version by registry.rules of params.yaml and make it champion; exit status 3 when a rule refuses."""
     from dho.registry.lease import LeaseHeld
     from dho.registry.promote import PromotionRefused, print_decision
     from dho.registry.promote import promote as decide
