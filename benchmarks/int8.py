@@ -1,7 +1,10 @@
-"""What `registry.precision: int8` changes: `python benchmarks/int8.py`
+"""Measure what `registry.precision: int8` changes.
 
-In one process: the trained student as ONNX in float32 and in int8, its top-1 on test with both, and its time for one image on one thread,
-measured in turns. The last lines are the ratios float32 / int8 of file size and of median time. Needs what `make repro` made.
+    python benchmarks/int8.py
+
+In one process: the trained student as ONNX in float32 and in int8, its top-1 on test with both, and its time for one
+image on one thread, measured in turns. The last lines are the ratios float32 / int8 of file size and of median time.
+Needs what `make repro` made.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def main() -> None:
         quantise_onnx(files["float32"], files["int8"], calibration_batches(index, info.student))
         sessions = {name: onnxruntime.InferenceSession(file, options) for name, file in files.items()}
         size = files["float32"].stat().st_size / files["int8"].stat().st_size
+
     only = only_alpha(info.heads)
     alpha, beta = tuned["alpha"] if only is None else only, tuned["beta"] or 1.0
     for name, session in sessions.items():
@@ -48,6 +52,7 @@ def main() -> None:
             ce, kd = (logits.get(head) for head in HEADS)
             right += int((mix(ce, kd, alpha, beta).argmax(1) == index.labels[batch]).sum())
         print(f"{name}: top-1 {100 * right / len(rows):.2f} % on {len(rows):,} test images")
+
     image, ratios = images[:1], []
     for _ in range(ROUNDS):
         medians = {}
@@ -59,6 +64,7 @@ def main() -> None:
                 times.append(time.perf_counter() - start)
             medians[name] = float(np.median(times))
         ratios.append(medians["float32"] / medians["int8"])
+
     print(f"one image, one thread: float32 {1000 * medians['float32']:.3f} ms, int8 {1000 * medians['int8']:.3f} ms")
     print(f"ratio of sizes {size:.2f}")
     print(f"ratio of times {statistics.median(ratios):.2f}")
