@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SEEDS = ("train.seed", "data.splits.seed", "views.seed", "pretrain.seed")
 RECIPE = (
+    "train.method_args",
     "train.epochs",
     "train.batch_labelled",
     "train.batch_unlabelled",
@@ -40,7 +41,7 @@ RECIPE = (
     "data.splits.labelled_fraction",
     "views.count",
 )
-TEACHER = ("teacher.model", "teacher.pretrained")
+TEACHER = ("teacher.model", "teacher.pretrained", "teacher.classifier")
 KEPT = ("params.yaml", "dvc.yaml", "dvc.lock")
 """Files of the repository that travel in the package."""
 

@@ -7,7 +7,7 @@
     batches = calibration_batches(Index.load(workspace.prepared), info.student)
     quantise_onnx(Path("student.onnx"), Path("student-int8.onnx"), batches)
 
-What the quantised student answers is measured anew, never assumed. Static quantisation (ONNX Runtime, QDQ): weights per
+What the quantised student answers is measured, never assumed. Static quantisation (ONNX Runtime, QDQ): weights per
 channel and activations per tensor, with ranges seen on val images. Those are what alpha and beta were tuned on, and no
 test image is among them.
 """

@@ -215,7 +215,7 @@ def _check_accuracy(evidence: Evidence, trained: Trained) -> None:
     if top1 is not None and abs(evidence.metrics["top1"] - top1) > MAX_DIFFERENCE:
         raise DhoError(
             f"the package's top-1 on test is {evidence.metrics['top1']:.4f}, evaluate measured {top1:.4f}; not "
-            "registered. Was the data prepared anew since? `dvc repro` brings both together"
+            "registered. Was the data prepared again since? `dvc repro` brings both together"
         )
 
 
