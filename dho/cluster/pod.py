@@ -19,7 +19,7 @@ from dho.cluster.revision import Remote, give_back
 from dho.config import Config
 from dho.core.files import write_atomically
 from dho.core.process import Process, others_wait
-from dho.core.retry import patiently
+from dho.core.retry import retry
 from dho.core.workspace import Workspace
 from dho.teacher.teach import teach
 from dho.tracking.server import connect
@@ -40,9 +40,9 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
         from dho.registry.lineage import Sources
         from dho.registry.register import register
 
-        metrics = patiently(lambda: report.evaluate(config, workspace))
+        metrics = retry(lambda: report.evaluate(config, workspace))
         sources = Sources(workspace.prepared, workspace.teacher, workspace.plots)
-        done = patiently(lambda: register(config, workspace.student, workspace.metrics, workspace.registered, sources))
+        done = retry(lambda: register(config, workspace.student, workspace.metrics, workspace.registered, sources))
         outputs = {name: workspace.trained / name for name in ("student", "head_outputs", "history.csv")}
         give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]
@@ -50,7 +50,7 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
 
     with others_wait(process):
         if process.is_main:
-            patiently(lambda: connect(config.tracking))  # a node that took MLflow with it gives it back
+            retry(lambda: connect(config.tracking))  # a node that took MLflow with it gives it back
     return train(config, workspace, process, then)
 
 
