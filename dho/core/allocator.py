@@ -14,8 +14,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of a step's tensors for the next step.
 
-    By default glibc returns a step's large tensors to the kernel, which clears and maps their pages again in the next step
-    (6,000 pages per step with the default student: `benchmarks/allocator.py`).
+    By default glibc returns a step's large tensors to the kernel, which clears and maps their pages again in the next
+    step (6,000 pages per step with the default student: `benchmarks/allocator.py`).
 
     Returns:
         False where the C library is not glibc; nothing is changed there.

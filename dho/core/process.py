@@ -19,7 +19,7 @@ from torch import Tensor
 from dho.core.allocator import keep_freed_memory
 
 MAX_SILENCE = timedelta(minutes=5)
-"""How long ranks wait for a silent one before training ends with an error: a node that lost power closes no connection."""
+"""How long ranks wait for a silent one before they end with an error: a node that lost power closes no connection."""
 MAX_FINISH = timedelta(hours=2)
 """How long the other ranks wait while rank 0 alone finishes a job."""
 MAX_LOADING_PROCESSES = 8
@@ -130,7 +130,10 @@ def gather_rows(rows: Tensor, process: Process) -> Tensor | None:
 
 
 def mean_over_ranks(values: Tensor, process: Process) -> Tensor:
-    """Return the mean over the ranks of a tensor of the same shape on each; every rank must call, `values` is changed."""
+    """Return the mean over the ranks of a tensor of the same shape on each.
+
+    Every rank must call; `values` is overwritten.
+    """
     if process.world_size > 1:
         dist.all_reduce(values)
         values /= process.world_size
@@ -140,8 +143,8 @@ def mean_over_ranks(values: Tensor, process: Process) -> Tensor:
 class StopFlag:
     """Agreement of all ranks to stop after the same step, without waiting for the device.
 
-    A signal reaches the ranks at different moments. Each step starts a tiny all-reduce of the ranks' flags on the host and
-    reads the one of the step before, so every rank sees the same answer at the same step, and none waits for it.
+    A signal reaches the ranks at different moments. Each step starts a tiny all-reduce of the ranks' flags on the host
+    and reads the one of the step before, so every rank sees the same answer at the same step, and none waits for it.
     """
 
     def __init__(self, process: Process) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for servers that are down: in a cluster they come back, and a pod that gave up at once would lose its node."""
+"""Waiting for servers that are down: in a cluster they come back, and a pod that gave up would lose its place."""
 
 from __future__ import annotations
 

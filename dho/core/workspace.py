@@ -41,7 +41,7 @@ class Workspace:
         trained: student, head outputs and history, written by `train`.
         evaluated: metrics and plots, written by `evaluate`.
         registered: the file that says which model version was registered, written by `register`.
-        checkpoints: checkpoints, unsent metrics and, on a cluster, what the pods of a job share; not an output of a stage.
+        checkpoints: checkpoints, unsent metrics and, on a cluster, what the pods of a job share; no output of a stage.
 
     Raises:
         TypeError: `elsewhere` names a folder that is not in `FOLDERS`.

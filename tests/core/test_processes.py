@@ -1,4 +1,4 @@
-"""What a training process takes of its machine: loading processes by the device and the CPUs, and the memory it frees."""
+"""What a training process takes of its machine: loading processes by device and CPUs, and the memory it frees."""
 
 from __future__ import annotations
 
