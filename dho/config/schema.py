@@ -73,7 +73,7 @@ class DataConfig:
     captions: str | None = setting(None, "`folder` only: a CSV of path,caption that makes the captions split.")
     on_leak: str = setting(
         "error",
-        "The same image in two splits: `error` stops and names both, `drop` drops the copy on the training side.",
+        "The same image in two splits: stop and name both, or drop the copy on the training side.",
         choices=("error", "drop"),
     )
     max_rejected: float = setting(
@@ -91,7 +91,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, horizontal flip)."""
+    """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, flip)."""
 
     seed: int = setting(
         0,
@@ -284,8 +284,8 @@ class RegistryConfig:
     )
     precision: str = setting(
         "float32",
-        "Arithmetic of the registered network; int8 is smaller and often faster, is calibrated on val, and is registered "
-        "with its own accuracy.",
+        "Arithmetic of the registered network; int8 is smaller and often faster, is calibrated on val, and is "
+        "registered with its own accuracy.",
         choices=("float32", "int8"),
     )
     promote: str = setting(
@@ -317,8 +317,8 @@ class LaunchConfig:
     target: str = setting("local", f"Where stages teach and train run. {listed(TARGETS)}.", choices=tuple(TARGETS))
     workers: int | None = setting(
         None,
-        "Data-loading processes per rank; 0 loads in the training process itself; null is one per CPU of the rank, at most "
-        "8, with a GPU, and 0 without one, where they would take the CPUs from training.",
+        "Data-loading processes per rank; 0 loads in the training process itself; null is one per CPU of the rank, at "
+        "most 8, with a GPU, and 0 without one, where they would take the CPUs from training.",
         low=0,
     )
     processes: int | None = setting(

@@ -12,5 +12,5 @@ def under_torchrun() -> bool:
 
 def reports_errors() -> bool:
     """Return whether this process reports an error of all ranks: rank 0 under torchrun, any process outside of it."""
-    # In a pod RANK is the node's number until torchrun has started; only from then on does it say which process this is.
+    # In a pod RANK is the node's number until torchrun has started; only then does it say which process this is.
     return not under_torchrun() or os.environ["RANK"] == "0"
