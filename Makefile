@@ -42,6 +42,7 @@ bench: .venv/ready
 	$(RUN) python benchmarks/allocator.py
 	$(RUN) python benchmarks/teacher_store.py
 	$(RUN) python benchmarks/int8.py
+	$(RUN) python benchmarks/startup.py
 
 # The environment: uv from PyPI in a place of its own, then exactly what the lock says, then this package.
 .venv/ready: requirements-dev.txt pyproject.toml

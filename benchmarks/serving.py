@@ -1,9 +1,9 @@
-"""`mlflow models serve` under load: 1,000 requests from 8 clients, then 50 bad ones, then a good one again.
+"""Put `mlflow models serve` under load: 1,000 requests from 8 clients, then 50 bad ones, then a good one again.
 
     python benchmarks/serving.py [--requests 1000] [--clients 8]
 
-Prints p50 and p99; ends with 1 when a good request fails, or a bad one is neither refused (4xx) nor answered with an error for its row.
-Needs a champion or a candidate in the registry (`make repro`).
+Prints p50 and p99; ends with 1 when a good request fails, or a bad one is neither refused (4xx) nor answered with an
+error for its row. Needs a champion or a candidate in the registry (`make repro`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dho.config import load
+from dho.core.workspace import Workspace
 from dho.data.index import Index
+from dho.registry import CANDIDATE, CHAMPION
 from dho.tracking.server import connect, tracking_uri
 
 
@@ -44,8 +45,8 @@ def main() -> int:
     options = parser.parse_args()
     config = load()
     aliases = connect(config.tracking).get_registered_model(config.registry.name).aliases
-    model = f"models:/{config.registry.name}@{'champion' if 'champion' in aliases else 'candidate'}"
-    index = Index.load(Path("data/prepared"))
+    model = f"models:/{config.registry.name}@{CHAMPION if CHAMPION in aliases else CANDIDATE}"
+    index = Index.load(Workspace().prepared)
     images = [index.read(int(row)) for row in index.rows("test")[:200]]
     with served(model, tracking_uri(config.tracking)) as address:
         failed = load_test(address, images, options.requests, options.clients) + bad_requests(address, images)
@@ -56,7 +57,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def served(model: str, uri: str) -> Iterator[str]:
-    """`mlflow models serve` on a free port."""
+    """Run `mlflow models serve` on a free port; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -107,7 +108,7 @@ def records(images: list[bytes], **params: Any) -> bytes:
 
 
 def load_test(address: str, images: list[bytes], requests: int, clients: int) -> int:
-    """The number of requests that were not answered."""
+    """Return the number of requests that were not answered."""
 
     def ask(number: int) -> tuple[float, bool]:
         start = time.perf_counter()
@@ -123,14 +124,14 @@ def load_test(address: str, images: list[bytes], requests: int, clients: int) ->
     p50, p99 = np.percentile([milliseconds for milliseconds, _ in ended], [50, 99])
     errors = sum(not good for _, good in ended)
     print(
-        f"{requests} requests of one image from {clients} clients: {errors} errors, p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
-        f"{requests / seconds:.0f} requests/s"
+        f"{requests} requests of one image from {clients} clients: {errors} errors, p50 {p50:.1f} ms, "
+        f"p99 {p99:.1f} ms, {requests / seconds:.0f} requests/s"
     )
     return errors
 
 
 def bad_requests(address: str, images: list[bytes], count: int = 50) -> int:
-    """The number of bad requests that were taken for good ones, or that brought an answer of 5xx."""
+    """Return the number of bad requests that were taken for good ones, or answered with 5xx."""
     buffer = io.BytesIO(images[0])
     from PIL import Image
 

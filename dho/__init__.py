@@ -3,12 +3,12 @@
     import dho
 
     config, workspace = dho.load("params.yaml"), dho.Workspace(".")
-    dho.run_all(config, workspace)                                  # every stage; or one: dho.run("train", config, workspace)
+    dho.run_all(config, workspace)                # every stage; or one: dho.run("train", config, workspace)
     student, info = dho.load_student(workspace.student)
     decision = dho.promote(config, workspace)
 
-Importing this package imports neither torch nor MLflow and changes nothing in the environment: each name is imported when it
-is first used.
+Importing this package imports neither torch nor MLflow and changes nothing in the environment: each name is imported
+when it is first used.
 """
 
 from __future__ import annotations

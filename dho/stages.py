@@ -1,6 +1,6 @@
 """The story as a table: the stages of the workflow, what each reads and writes, and where it may run.
 
-    run("train", load("params.yaml"), Workspace("."))       # from dho.config import load; from dho.core.workspace import Workspace
+    run("train", load("params.yaml"), Workspace("."))
 
 `dvc.yaml`, the command line, pipelines/ and what a cluster's job needs follow from this table or are tested against it.
 """
@@ -188,9 +188,9 @@ def run_here(name: str, config: Config, workspace: Workspace, again: list[str] |
     """Run a stage on this machine: in this process, or under torchrun with one process per GPU.
 
     Args:
-        name, config, workspace: as `run`.
-        again: the words after `dho` that run this very stage again; torchrun then replaces this process to run them. Without
-            them a stage of one process runs in this one, and more processes are waited for.
+        name, config, workspace: as `run`. again: the words after `dho` that run this very stage again; torchrun then
+            replaces this process to run them. Without them a stage of one process runs in this one, and more processes
+            are waited for.
         options: of the stage's function.
 
     Raises:

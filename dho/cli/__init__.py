@@ -1,7 +1,7 @@
 """The command line: `dho --help` lists the commands in four groups.
 
-The commands of a stage read `params.yaml` and the folders of the stages before it, as `dvc.yaml` names them; `dvc repro` runs
-all that is out of date.
+The commands of a stage read `params.yaml` and the folders of the stages before it, as `dvc.yaml` names them; `dvc
+repro` runs all that is out of date.
 """
 
 from __future__ import annotations

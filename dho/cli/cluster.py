@@ -39,7 +39,7 @@ def publish(
         Path | None, typer.Option("--pin", help="A manifest to write the revision into, e.g. k8s/pytorchjob.yaml.")
     ] = None,
 ) -> None:
-    """Push data, parameters and lock to the DVC remote as a pinned revision that pods of a cluster can work from; print it."""
+    """Push data, parameters and lock to the DVC remote as a pinned revision for the pods of a cluster; print it."""
     from dho.cluster.revision import pin_manifest
     from dho.cluster.revision import publish as publish_revision
 
@@ -67,9 +67,10 @@ def launch(
     start_timeout: Annotated[float, typer.Option(help="Seconds in which the job must start.", min=1)] = 600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifests and send nothing.")] = False,
 ) -> None:
-    """Run a stage as a PyTorchJob on Kubernetes and follow it; options win over launch.kubernetes in params.yaml.
+    """Run a stage as a job on Kubernetes and follow it; options win over launch.kubernetes in params.yaml.
 
-    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C; which leaves it running.
+    Exit status: 0 as the job succeeds, 1 as it fails or is refused, 4 when it did not start in time, 130 on Ctrl-C;
+    which leaves it running.
     """
     from dho.cluster.launcher import launch_of, prepare, published
     from dho.cluster.manifest import to_yaml
@@ -91,8 +92,9 @@ def launch(
         return
     from dho.cluster.api import connect
     from dho.cluster.follow import follow
+    from dho.cluster.job import job_kind
 
-    cluster = connect(settings.namespace)
+    cluster = connect(settings.namespace, job_kind(settings.kind))
     wanted = published(wanted, Path())
     cluster.submit(prepare(wanted))
     print(f"launch: {wanted.name} in namespace {settings.namespace}, revision {wanted.revision}", flush=True)
@@ -104,12 +106,11 @@ def jobs(params: Params = PARAMS, namespace: Namespace = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dho.cluster.api import phase, replicas
-
+    cluster = _cluster(params, namespace)
     table = Table("job", "phase", "nodes", "since")
-    for found in _cluster(params, namespace).jobs():
-        metadata = found["metadata"]
-        table.add_row(metadata["name"], phase(found), str(replicas(found)), metadata["creationTimestamp"])
+    for document in cluster.jobs():
+        metadata, nodes = document["metadata"], str(cluster.kind.replicas(document))
+        table.add_row(metadata["name"], cluster.kind.phase(document), nodes, metadata["creationTimestamp"])
     Console().print(table)
 
 
@@ -123,15 +124,14 @@ def logs(
     namespace: Namespace = None,
 ) -> None:
     """Print the log of a job's rank 0."""
-    from dho.cluster.api import rank_zero
     from dho.cluster.follow import follow as follow_job
 
     cluster = _cluster(params, namespace)
-    if (found := cluster.job(name)) is None:
+    if (document := cluster.job(name)) is None:
         raise cluster.no_job(name)
     if follow:
         raise typer.Exit(follow_job(cluster, name))
-    print(cluster.log(f"{name}-{pod}" if pod else rank_zero(found)), end="")
+    print(cluster.log(cluster.pod(name, pod or cluster.kind.rank_zero(document))), end="")
 
 
 def stop(
@@ -144,8 +144,10 @@ def stop(
 
 def _cluster(params: Path, namespace: str | None) -> Any:
     from dho.cluster.api import connect
+    from dho.cluster.job import job_kind
 
-    return connect(namespace or _kubernetes(params).namespace)
+    settings = _kubernetes(params)
+    return connect(namespace or settings.namespace, job_kind(settings.kind))
 
 
 def _kubernetes(params: Path) -> KubernetesConfig:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from dho.cli.options import MODELS, PARAMS, Params
 from dho.config import load
 from dho.core.errors import REFUSED
 from dho.core.workspace import Workspace
+from dho.registry import CANDIDATE, CHAMPION
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -35,13 +34,13 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Parquet file for the answers of --model.")] = None,
     params: Params = PARAMS,
 ) -> None:
-    """Label images with the trained student: labels and probabilities, most likely first; or with a registered model, into a file."""
+    """Label images with the trained student, most likely first; or with a registered model, into a file."""
     if (model is None) != (out is None):
         raise typer.BadParameter("--model and --out go together")
     if model is not None and out is not None:
-        from dho.registry.batch_predict import score
+        from dho.registry.batch_predict import batch_predict
 
-        good, unread = score(load(params).tracking, model, images, out, top)
+        good, unread = batch_predict(load(params).tracking, model, images, out, top)
         print(f"predict: {out} holds {good} images" + (f", and {unread} that cannot be read" if unread else ""))
         return
     from dho.evaluation.predict import predict
@@ -58,39 +57,39 @@ def predict(
 
 
 def promote(
-    source: Annotated[str, typer.Option("--from", help="Alias or number of the version.")] = "candidate",
-    target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = "champion",
+    candidate: Annotated[str, typer.Option("--from", help="Alias or number of the version.")] = CANDIDATE,
+    target: Annotated[str, typer.Option("--to", help="Alias that it gets.")] = CHAMPION,
     params: Params = PARAMS,
 ) -> None:
-    """Check a version by the rules of params.yaml (registry.rules) and make it champion; exit code 3 when a rule refuses."""
-    from dho.registry.lease import ClaimHeld
-    from dho.registry.promote import PromotionRefused
+    """Check a version by registry.rules of params.yaml and make it champion; exit status 3 when a rule refuses."""
+    from dho.registry.lease import LeaseHeld
+    from dho.registry.promote import PromotionRefused, print_decision
     from dho.registry.promote import promote as decide
 
     try:
-        decision = decide(load(params), Workspace().prepared, source, target)
-    except (PromotionRefused, ClaimHeld) as refused:
+        decision = decide(load(params), Workspace(), candidate, target)
+    except (PromotionRefused, LeaseHeld) as refused:
         print(f"dho: {refused}", file=sys.stderr)
         raise typer.Exit(REFUSED) from refused
-    print_decision(decision, target)
+    print_decision(decision)
     if not decision.promoted:
         raise typer.Exit(REFUSED)
 
 
 def rollback(
     reason: Annotated[str, typer.Option(help="Why; kept in the tags.")],
-    target: Annotated[str, typer.Option("--to", help="Alias that goes back.")] = "champion",
+    target: Annotated[str, typer.Option("--to", help="Alias that goes back.")] = CHAMPION,
     params: Params = PARAMS,
 ) -> None:
     """Give the champion's alias back to the version that had it before."""
-    from dho.registry.lease import ClaimHeld
+    from dho.registry.lease import LeaseHeld
     from dho.registry.promote import PromotionRefused
     from dho.registry.promote import rollback as go_back
 
     config = load(params)
     try:
         old, new = go_back(config, reason, target)
-    except (PromotionRefused, ClaimHeld) as refused:
+    except (PromotionRefused, LeaseHeld) as refused:
         print(f"dho: {refused}", file=sys.stderr)
         raise typer.Exit(REFUSED) from refused
     print(f"rollback: models:/{config.registry.name}@{target} is version {new} again, no longer {old}")
@@ -120,19 +119,3 @@ def lineage(
     print("\nTo make it again, in a clone of the repository:")
     for command in commands:
         print(f"    {command}")
-
-
-def print_decision(decision: Any, target: str) -> None:
-    """The table of rules of a promotion, and its outcome."""
-    if decision.checks:
-        shown = Table("rule", "value", "limit", "verdict")
-        for check in decision.checks:
-            shown.add_row(check.rule, check.value, check.limit, check.verdict)
-        Console().print(shown)
-    if decision.promoted:
-        print(f"promote: models:/{decision.name}@{target} is version {decision.version}")
-    else:
-        print(
-            f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: "
-            + "; ".join(decision.reasons)
-        )

@@ -1,8 +1,10 @@
-"""The API server, through Kubeflow's SDK: submit a job, list jobs, read logs, delete. Whatever it answers that a user can mend is one line.
+"""The API server, through Kubeflow's SDK: submit a job, list jobs, read logs, delete.
 
-cluster = connect("dho")
-cluster.submit(documents)
-for job in cluster.jobs(): ...
+    from dho.cluster.job import job_kind
+    cluster = connect("dho", job_kind("PyTorchJob"))
+    names = [job["metadata"]["name"] for job in cluster.jobs()]
+
+Whatever it answers that a user can fix is one line (`ClusterError`).
 """
 
 from __future__ import annotations
@@ -15,20 +17,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dho.cluster.manifest import Document, kind
+from dho.cluster.job import Document, JobKind
 from dho.core.errors import ClusterError
 
-JOBS = {"group": "kubeflow.org", "version": "v1", "plural": "pytorchjobs"}
-CONTAINER = "pytorch"
-JOB_LABEL = "training.kubeflow.org/job-name"
 PART_OF = "app.kubernetes.io/part-of=dho"
-CONNECT_S, ANSWER_S = 5, 30
+MAX_CONNECT_S, MAX_ANSWER_S = 5, 30
 """Longest wait for a connection and for an answer, seconds."""
-OPERATOR = "install Kubeflow's training operator (docs/platform.md)"
 
 
-def connect(namespace: str) -> Cluster:
-    """The cluster of KUBECONFIG (or ~/.kube/config, or the pod one is in); raises `ClusterError`."""
+def connect(namespace: str, kind: JobKind) -> Cluster:
+    """Find the cluster of KUBECONFIG (or ~/.kube/config, or the pod one is in).
+
+    Args:
+        namespace: where the jobs are.
+        kind: of the jobs.
+
+    Raises:
+        ClusterError: there is no such cluster.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from kubeflow.training import TrainingClient
@@ -36,92 +42,95 @@ def connect(namespace: str) -> Cluster:
         from urllib3 import disable_warnings
         from urllib3.exceptions import InsecureRequestWarning
     disable_warnings(InsecureRequestWarning)  # whoever wrote insecure-skip-tls-verify into the kubeconfig knows it
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each attempt
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it reports each attempt
     try:
         client = TrainingClient(namespace=namespace)
     except ConfigException as error:
         raise ClusterError(f"no cluster to talk to: {' '.join(str(error).split())}; set KUBECONFIG") from error
-    return Cluster(client, namespace)
+    return Cluster(client, namespace, kind)
 
 
 class Cluster:
-    """One namespace of a cluster.
+    """The jobs of one kind in one namespace of a cluster.
 
     Args:
         client: a `kubeflow.training.TrainingClient`.
         namespace: where the jobs are.
+        kind: of the jobs.
     """
 
-    def __init__(self, client: Any, namespace: str) -> None:
+    def __init__(self, client: Any, namespace: str, kind: JobKind) -> None:
         from kubernetes import client as kubernetes
 
-        self.namespace = namespace
+        self.namespace, self.kind = namespace, kind
+        self._jobs = {
+            "group": kind.group,
+            "version": kind.version,
+            "plural": kind.plural,
+            "namespace": namespace,
+        }
         self.custom, self.core = client.custom_api, client.core_api
         self._network = kubernetes.NetworkingV1Api(self.core.api_client)
 
     def submit(self, documents: list[Document]) -> None:
-        """Send a job and what it needs. What several jobs share (account, volume, network policy) is made where it is missing and
-        otherwise left as it is; the job's ConfigMap goes when the job goes.
+        """Send a job and what it needs.
+
+        What several jobs share (account, volume, network policy) is made where it is missing and otherwise left as it
+        is; the job's ConfigMap goes when the job goes.
 
         Raises:
-            ClusterError: there is a job of this name already, or the API server cannot be reached or refuses.
+            ClusterError: a job of this name exists already, or the API server cannot be reached or refuses.
         """
-        job, environment = kind(documents, "PyTorchJob"), kind(documents, "ConfigMap")
-        name = job["metadata"]["name"]
-        if (there := self.job(name)) is not None:
+        job, environment = self.kind.job(documents), self.kind.environment(documents)
+        name, map_name = job["metadata"]["name"], environment["metadata"]["name"]
+        if (existing := self.job(name)) is not None:
             raise ClusterError(
-                f"job {name} is there already ({phase(there)}): `dho logs {name} -f` follows it, `dho stop {name}` removes it, "
-                "--name makes another"
-            )
-        for document in documents:
-            if document["kind"] not in ("PyTorchJob", "ConfigMap"):
-                self._make(document)
-        if not self._make(environment):
-            with self._errors(f"ConfigMap {environment['metadata']['name']}"):
-                self.core.replace_namespaced_config_map(
-                    environment["metadata"]["name"], self.namespace, environment, **self._limits()
-                )
-        with self._errors(f"job {name}"):
-            made = self.custom.create_namespaced_custom_object(
-                **JOBS, namespace=self.namespace, body=job, field_validation="Strict", **self._limits()
-            )
-        owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": name, "uid": made["metadata"]["uid"]}
-        with self._errors(f"ConfigMap {environment['metadata']['name']}"):
-            patch = {"metadata": {"ownerReferences": [owner]}}
-            self.core.patch_namespaced_config_map(
-                environment["metadata"]["name"], self.namespace, patch, **self._limits()
+                f"job {name} exists already ({self.kind.phase(existing)}): `dho logs {name} -f` follows it, "
+                f"`dho stop {name}` removes it, --name makes another"
             )
 
+        for document in documents:
+            if document not in (job, environment):
+                self._make(document)
+        if not self._make(environment):
+            with self._errors(f"ConfigMap {map_name}"):
+                self.core.replace_namespaced_config_map(map_name, self.namespace, environment, **self._limits())
+
+        with self._errors(f"job {name}"):
+            answer = self.custom.create_namespaced_custom_object(
+                **self._jobs, body=job, field_validation="Strict", **self._limits()
+            )
+        owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": name, "uid": answer["metadata"]["uid"]}
+        with self._errors(f"ConfigMap {map_name}"):
+            patch = {"metadata": {"ownerReferences": [owner]}}
+            self.core.patch_namespaced_config_map(map_name, self.namespace, patch, **self._limits())
+
     def job(self, name: str) -> Document | None:
-        """A PyTorchJob as the API server has it; None where there is none."""
+        """A job as the API server has it; None where there is none."""
         from kubernetes.client import ApiException
 
         with self._errors(f"job {name}"):
             try:
-                found: Document = self.custom.get_namespaced_custom_object(
-                    **JOBS, namespace=self.namespace, name=name, **self._limits()
-                )
+                job: Document = self.custom.get_namespaced_custom_object(**self._jobs, name=name, **self._limits())
             except ApiException as error:
-                if error.status == 404 and name in said(error):
+                if error.status == 404 and name in message_of(error):
                     return None
                 raise
-        return found
+        return job
 
     def jobs(self) -> list[Document]:
         """The jobs of this project, oldest first."""
         with self._errors("the jobs"):
-            found = self.custom.list_namespaced_custom_object(
-                **JOBS, namespace=self.namespace, label_selector=PART_OF, **self._limits()
-            )
-        return sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]))
+            answer = self.custom.list_namespaced_custom_object(**self._jobs, label_selector=PART_OF, **self._limits())
+        return sorted(answer["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]))
 
     def delete(self, name: str) -> None:
-        """Delete a job; its pods get SIGTERM and write a checkpoint. Raises `ClusterError` also where there is no such job."""
+        """Delete a job; its pods get SIGTERM and write a checkpoint. Raises `ClusterError`, also if there is none."""
         if self.job(name) is None:
             raise self.no_job(name)
         with self._errors(f"job {name}"):
             self.custom.delete_namespaced_custom_object(
-                **JOBS, namespace=self.namespace, name=name, propagation_policy="Foreground", **self._limits()
+                **self._jobs, name=name, propagation_policy="Foreground", **self._limits()
             )
 
     def wait_until_gone(self, name: str, patience_s: float = 180.0) -> None:
@@ -133,7 +142,8 @@ class Cluster:
         while self.job(name) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"job {name} is still being deleted after {patience_s:.0f} s; `kubectl describe pytorchjob {name}`"
+                    f"job {name} is still being deleted after {patience_s:.0f} s; "
+                    f"`kubectl describe {self.kind.name.lower()} {name}`"
                 )
             with self._errors(f"job {name}"):
                 for event in Watch(return_type="object").stream(call, **arguments, timeout_seconds=10):
@@ -145,8 +155,33 @@ class Cluster:
         names = ", ".join(job["metadata"]["name"] for job in self.jobs()) or "none"
         return ClusterError(f"no job {name} in namespace {self.namespace}; there: {names}")
 
-    def log(self, pod: str, container: str = CONTAINER, **options: Any) -> str:
-        """A container's log as it is now; raises `ClusterError`."""
+    def pod(self, name: str, replica: str) -> str:
+        """The name of the newest pod that is a replica of a job, such as `worker-3`; raises `ClusterError`."""
+        with self._errors(f"the pods of {name}"):
+            answer = self.core.list_namespaced_pod(
+                self.namespace,
+                label_selector=self.kind.selector(name),
+                _preload_content=False,
+                **self._limits(),
+            )
+        pods = sorted(json.loads(answer.data)["items"], key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        names = {self.kind.replica_of(pod): str(pod["metadata"]["name"]) for pod in pods}
+        if replica not in names:
+            raise ClusterError(f"no pod {replica} of job {name}; there: {', '.join(sorted(names)) or 'none'}")
+        return names[replica]
+
+    def log(self, pod: str, container: str | None = None, **options: Any) -> str:
+        """A container's log as it is now.
+
+        Args:
+            pod: its name.
+            container: None takes the one that trains.
+            options: of the API, such as `tail_lines` and `previous`.
+
+        Raises:
+            ClusterError: there is no such log, or the API server cannot be reached.
+        """
+        container = container or self.kind.container
         with self._errors(f"the log of {pod}"):
             answer = self.core.read_namespaced_pod_log(
                 pod, self.namespace, container=container, _preload_content=False, **options, **self._limits()
@@ -158,16 +193,18 @@ class Cluster:
         """The function that lists (or watches) `job`, `pods` or `events` of a job, and its arguments."""
         if what == "job":
             return self.custom.list_namespaced_custom_object, {
-                **JOBS,
-                "namespace": self.namespace,
+                **self._jobs,
                 "field_selector": f"metadata.name={name}",
             }
         if what == "pods":
-            return self.core.list_namespaced_pod, {"namespace": self.namespace, "label_selector": f"{JOB_LABEL}={name}"}
+            return self.core.list_namespaced_pod, {
+                "namespace": self.namespace,
+                "label_selector": self.kind.selector(name),
+            }
         return self.core.list_namespaced_event, {"namespace": self.namespace, "field_selector": "type=Warning"}
 
     def _make(self, document: Document) -> bool:
-        """Create an object; False where one of its name is there already."""
+        """Create an object; False where one of its name exists already."""
         from kubernetes.client import ApiException
 
         create = {
@@ -178,7 +215,8 @@ class Cluster:
         }.get(document["kind"])
         if create is None:
             raise ClusterError(
-                f"k8s/base/pytorchjob.yaml: dho launch cannot make a {document['kind']}; apply it with kubectl and take it out"
+                f"k8s/{self.kind.base}: dho launch cannot make a {document['kind']}; apply it with kubectl and "
+                "remove it there"
             )
         with self._errors(f"{document['kind']} {document['metadata']['name']}"):
             try:
@@ -190,7 +228,7 @@ class Cluster:
         return True
 
     def _limits(self) -> dict[str, Any]:
-        return {"_request_timeout": (CONNECT_S, ANSWER_S)}
+        return {"_request_timeout": (MAX_CONNECT_S, MAX_ANSWER_S)}
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -201,22 +239,21 @@ class Cluster:
         try:
             yield
         except ApiException as error:
-            text = said(error)
+            text = message_of(error)
             advice = ""
             if error.status == 404 and text.startswith("namespaces "):
                 advice = f"; `kubectl create namespace {self.namespace}`, or choose another with --namespace"
             elif error.status == 404 and "page not found" in text:
-                advice = f"; {OPERATOR}"
+                advice = f"; {self.kind.operator}"
             elif error.status in (401, 403) and "quota" not in text:
                 advice = "; check the rights of this kubeconfig's user"
             raise ClusterError(f"{what}: the API server says {error.status}: {text}{advice}") from error
         except (HTTPError, OSError) as error:
-            raise ClusterError(
-                f"{what}: no answer from {self.core.api_client.configuration.host} ({reason(error)}); check KUBECONFIG"
-            ) from error
+            host = self.core.api_client.configuration.host
+            raise ClusterError(f"{what}: no answer from {host} ({cause_of(error)}); check KUBECONFIG") from error
 
 
-def said(error: Any) -> str:
+def message_of(error: Any) -> str:
     """The message of an `ApiException` on one line."""
     try:
         text = json.loads(error.body)["message"]
@@ -225,29 +262,7 @@ def said(error: Any) -> str:
     return " ".join((text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split())[:400]
 
 
-def reason(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What urllib3 wraps, without its wrapping."""
     inner = getattr(error, "reason", None)
-    return reason(inner) if isinstance(inner, BaseException) else " ".join(str(error).split())[-200:]
-
-
-def phase(job: Document) -> str:
-    """The newest condition of a job that holds: Created, Running, Restarting, Suspended, Succeeded or Failed; Pending before the first."""
-    holding = [
-        condition["type"] for condition in job.get("status", {}).get("conditions", []) if condition["status"] == "True"
-    ]
-    for last in ("Succeeded", "Failed"):
-        if last in holding:
-            return last
-    return holding[-1] if holding else "Pending"
-
-
-def replicas(job: Document) -> int:
-    """Pods that a job asks for."""
-    return sum(int(replica.get("replicas", 1)) for replica in job["spec"]["pytorchReplicaSpecs"].values())
-
-
-def rank_zero(job: Document) -> str:
-    """The pod whose first process is rank 0: the Master, or where there is none the first Worker, which hosts the rendezvous."""
-    role = "master" if "Master" in job["spec"]["pytorchReplicaSpecs"] else "worker"
-    return f"{job['metadata']['name']}-{role}-0"
+    return cause_of(inner) if isinstance(inner, BaseException) else " ".join(str(error).split())[-200:]

@@ -1,146 +1,106 @@
-"""What no schema forbids and yet cannot run, or should not: found before anything is sent, one line each.
+"""What no schema forbids and yet cannot run, or should not: one line each, before anything is sent.
 
-    check(documents)          # raises ClusterError
+    from dho.cluster.job import Launch, job_kind
+    from dho.cluster.manifest import render
+    check(render(Launch()), job_kind("PyTorchJob"))          # ClusterError with a line for each problem
 
-The operator takes `cleanPodPolicy: Sometimes` without a word, asks for pods that PodSecurity `restricted` then refuses, and gives a 64-node
-job up after its first fault when `backoffLimit` is a small number. These rules say so at once.
+An operator takes a wrong policy without a word, asks for pods that PodSecurity `restricted` then refuses, or gives up
+on a 64-node job after its first fault. These rules say so at once. Rules for one kind of job are in `JobKind.problems`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dho.cluster.manifest import Document, backoff_limit, containers, kind
+from dho.cluster.job import Document, JobKind, containers
+from dho.cluster.revision import REMOTE_PATTERN, REVISION_PATTERN
 from dho.cluster.schema import schema_problems
 from dho.core.errors import ClusterError
 
-ENUMS = {
-    "cleanPodPolicy": ("All", "Running", "None"),
-    "restartPolicy": ("OnFailure", "Always", "ExitCode", "Never"),
+VALUES = {
     "imagePullPolicy": ("IfNotPresent", "Always", "Never"),
     "whenUnsatisfiable": ("ScheduleAnyway", "DoNotSchedule"),
-    "rdzvBackend": ("c10d", "etcd-v2", "etcd"),
 }
-"""Values that the API server or the operator knows; the CRD lists none of them."""
-LONGEST_NAME = 50
-"""Characters: pods are called <job>-worker-<number> and have to fit a DNS label of 63."""
+"""Field of a pod -> values that the API server knows; no operator's schema lists them."""
+MAX_NAME = 50
+"""Characters: a pod's name is that of its job with the replica behind it, and has to fit a DNS label of 63."""
 TORCHRUN_GRACE_S = 30
 """Seconds that torchrun gives its processes after SIGTERM."""
-LOST_NODE_S = 120
-"""Seconds after which a lost node's pods must be given up."""
+MAX_LOST_NODE_S = 120
+"""Longest time that a lost node's pods may be kept, seconds."""
 GPU = "nvidia.com/gpu"
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE_KEY", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bA(KI|SI)A[0-9A-Z]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
-def check(documents: list[Document]) -> None:
+def check(documents: list[Document], kind: JobKind) -> None:
     """Raise `ClusterError` with one line for each thing that is wrong."""
-    if lines := problems(documents):
+    if lines := problems(documents, kind):
         raise ClusterError("\n".join(lines))
 
 
-def problems(documents: list[Document]) -> list[str]:
-    """One line for each thing that is wrong with a job's documents; empty where there is none."""
-    job = kind(documents, "PyTorchJob")
-    if broken := list(schema_problems(job)):
-        return [
-            f"PyTorchJob: {line}" for line in broken
-        ]  # the other rules read fields that may be missing or of another type here
-    for role, replica in job["spec"]["pytorchReplicaSpecs"].items():
-        if not replica.get("template", {}).get("spec", {}).get("containers"):
-            return [f"PyTorchJob: {role} has no containers"]
-    lines = [*_environment(kind(documents, "ConfigMap")), *_enums(job, ""), *_job(job)]
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    for role, replica in replicas.items():
-        pod, where = replica["template"]["spec"], f"{role}'s pod"
-        lines += [
-            f"{where}: {line}" for line in [*_pod(pod), *_volumes(pod), *_references(pod, documents, _total(replicas))]
-        ]
+def problems(documents: list[Document], kind: JobKind) -> list[str]:
+    """List what is wrong with a job's documents, one line each; raises `ClusterError` where there is no job at all."""
+    job = kind.job(documents)
+    if violations := list(schema_problems(job, kind.schema)):
+        # The other rules read fields that may be missing or of another type here.
+        return [f"{kind.name}: {line}" for line in violations]
+    pods = kind.pods(documents)
+    for role, pod in pods.items():
+        if not pod.get("containers"):
+            return [f"{kind.name}: {role} has no containers"]
+
+    lines = list(_environment(kind.environment(documents)))
+    lines += [f"{kind.name}: {line}" for line in _values(job, "", {**VALUES, **kind.values})]
+    lines += _identity(job, kind)
+    lines += [f"{kind.name}: {line}" for line in kind.problems(documents)]
+    for role, pod in pods.items():
+        in_pod = [*_pod(pod, kind), *_volumes(pod), *_references(pod, documents, kind.replicas(job))]
+        lines += [f"{role}'s pod: {line}" for line in in_pod]
         for container in containers(pod):
-            lines += [
-                f"{role}'s container {container['name']}: {line}"
-                for line in [*_container(container, pod), *_secrets(container)]
-            ]
-        if main := [container for container in pod["containers"] if container["name"] == "pytorch"]:
-            lines += [
-                f"{role}'s container pytorch: {line}"
-                for line in _processes(main[0], pod, job["spec"].get("nprocPerNode", "auto"))
-            ]
+            in_container = [*_container(container, pod), *_secrets(container)]
+            if container["name"] == kind.container and container in pod["containers"]:
+                in_container += _processes(container, pod, kind.processes(documents), kind.processes_field)
+            lines += [f"{role}'s container {container['name']}: {line}" for line in in_container]
     return list(dict.fromkeys(lines))
 
 
-def _total(replicas: Document) -> int:
-    return sum(int(replica.get("replicas", 1)) for replica in replicas.values())
-
-
-def _enums(node: Any, where: str) -> Iterator[str]:
+def _values(node: Any, where: str, values: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             place = f"{where}.{key}" if where else key
-            if key in ENUMS and isinstance(value, str) and value not in ENUMS[key]:
-                yield f"PyTorchJob: {place} is {value}; expected one of {', '.join(ENUMS[key])}"
-            yield from _enums(value, place)
+            if key in values and isinstance(value, str) and value not in values[key]:
+                yield f"{place} is {value}; expected one of {', '.join(values[key])}"
+            yield from _values(value, place, values)
     elif isinstance(node, list):
         for i, value in enumerate(node):
-            yield from _enums(value, f"{where}[{i}]")
+            yield from _values(value, f"{where}[{i}]", values)
 
 
-def _job(job: Document) -> Iterator[str]:
-    if (job.get("apiVersion"), job.get("kind")) != ("kubeflow.org/v1", "PyTorchJob"):
-        yield f"PyTorchJob: apiVersion is {job.get('apiVersion')}; expected kubeflow.org/v1"
-    name, spec = str(job["metadata"].get("name", "")), job["spec"]
+def _identity(job: Document, kind: JobKind) -> Iterator[str]:
+    if job.get("apiVersion") != kind.api_version:
+        yield f"{kind.name}: apiVersion is {job.get('apiVersion')}; expected {kind.api_version}"
+    name = str(job["metadata"].get("name", ""))
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield f"the job's name is {name!r}; expected small letters, digits and -, the first a letter and the last no -"
-    elif len(name) > LONGEST_NAME:
-        yield f"the job's name {name} has {len(name)} characters; expected at most {LONGEST_NAME}, as pods add -worker-0 to it"
-    policy, replicas = spec.get("runPolicy", {}), spec["pytorchReplicaSpecs"]
-    for key, meaning in (
-        ("cleanPodPolicy", "what becomes of pods that have ended"),
-        ("ttlSecondsAfterFinished", "when an ended job is removed"),
-        ("activeDeadlineSeconds", "how long a job may take"),
-        ("backoffLimit", "how many restarts it may take"),
-    ):
-        if key not in policy:
-            yield f"PyTorchJob: spec.runPolicy has no {key}: {meaning} must be said"
-    for key in ("ttlSecondsAfterFinished", "activeDeadlineSeconds"):
-        if policy.get(key, 1) < 1:
-            yield f"PyTorchJob: spec.runPolicy.{key} is {policy[key]}; expected 1 or more seconds"
-    if set(replicas) - {"Master", "Worker"}:
-        yield f"PyTorchJob: replicas are {', '.join(replicas)}; expected Master and Worker"
-    if replicas.get("Master", {}).get("replicas", 1) != 1:
-        yield f"PyTorchJob: Master has {replicas['Master']['replicas']} replicas; expected 1, the others are Workers"
-    if replicas.get("Worker", {}).get("replicas", 1) < 1:
-        yield f"PyTorchJob: Worker has {replicas['Worker']['replicas']} replicas; expected 1 or more, or no Worker at all"
-    for role, replica in replicas.items():
-        if replica.get("restartPolicy") == "Never":
-            yield f"PyTorchJob: {role}'s restartPolicy is Never; expected OnFailure, so that a lost process does not end the job"
-    total, most = _total(replicas), _total(replicas)
-    if (elastic := spec.get("elasticPolicy")) is not None:
-        low, most = elastic.get("minReplicas", total), elastic.get("maxReplicas", total)
-        if "Master" in replicas:
-            yield "PyTorchJob: an elastic job has a Master; expected Workers only, any of which may be lost"
-        if not 1 <= low <= most:
-            yield f"PyTorchJob: spec.elasticPolicy has minReplicas {low} and maxReplicas {most}; expected 1 <= minReplicas <= maxReplicas"
-        elif not low <= total <= most:
-            yield f"PyTorchJob: {total} replicas; expected {low} to {most}, as spec.elasticPolicy says"
-    elif "Master" not in replicas:
-        yield "PyTorchJob: no Master and no elasticPolicy; expected one of them, else the nodes do not find each other"
-    if policy.get("backoffLimit", backoff_limit(most)) < backoff_limit(most):
+    elif len(name) > MAX_NAME:
         yield (
-            f"PyTorchJob: spec.runPolicy.backoffLimit is {policy['backoffLimit']}; expected {backoff_limit(most)} or more, since "
-            f"the operator adds up the restarts of all {most} pods and one fault restarts each of them"
+            f"the job's name {name} has {len(name)} characters; expected at most {MAX_NAME}, as its pods' names are "
+            "longer"
         )
 
 
 def _environment(config: Document) -> Iterator[str]:
     data = config.get("data", {})
-    if not re.fullmatch(r"[0-9a-f]{64}", str(data.get("DHO_REVISION", ""))):
-        yield f"ConfigMap: DHO_REVISION is {data.get('DHO_REVISION')!r}; expected 64 hex digits, as `dho publish` prints them"
-    if not re.fullmatch(r"s3://[^/]+(/.*)?", str(data.get("DHO_REMOTE", ""))):
-        yield f"ConfigMap: DHO_REMOTE is {data.get('DHO_REMOTE')!r}; expected s3://bucket/prefix, the project's DVC remote"
+    if not REVISION_PATTERN.fullmatch(str(data.get("DHO_REVISION", ""))):
+        revision = data.get("DHO_REVISION")
+        yield f"ConfigMap: DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them"
+    if not REMOTE_PATTERN.fullmatch(str(data.get("DHO_REMOTE", ""))):
+        remote = data.get("DHO_REMOTE")
+        yield f"ConfigMap: DHO_REMOTE is {remote!r}; expected s3://bucket/prefix, the project's DVC remote"
     for name, value in data.items():
         if not isinstance(value, str):
             yield f"ConfigMap: {name} is {value!r}; expected text in quotes"
@@ -148,7 +108,7 @@ def _environment(config: Document) -> Iterator[str]:
             yield f"ConfigMap: {name} looks like a secret; put it into a Secret that is mounted as a file"
 
 
-def _pod(pod: Document) -> Iterator[str]:
+def _pod(pod: Document, kind: JobKind) -> Iterator[str]:
     security = pod.get("securityContext", {})
     if security.get("runAsNonRoot") is not True or not security.get("runAsUser"):
         yield "securityContext lets it run as root; expected runAsNonRoot: true and a runAsUser other than 0"
@@ -160,19 +120,26 @@ def _pod(pod: Document) -> Iterator[str]:
     if pod.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken is not false; a training has no business with the API server"
     if (grace := pod.get("terminationGracePeriodSeconds", 30)) <= TORCHRUN_GRACE_S:
-        yield f"terminationGracePeriodSeconds is {grace}; expected more than {TORCHRUN_GRACE_S}, which torchrun gives for a checkpoint"
+        yield (
+            f"terminationGracePeriodSeconds is {grace}; expected more than {TORCHRUN_GRACE_S}, which torchrun needs "
+            "to let its processes write a checkpoint"
+        )
     for key in ("not-ready", "unreachable"):
         seconds = [
             t.get("tolerationSeconds", 0)
             for t in pod.get("tolerations", [])
             if t.get("key") == f"node.kubernetes.io/{key}"
         ]
-        if not seconds or not 0 < seconds[0] <= LOST_NODE_S:
-            yield f"no toleration of node.kubernetes.io/{key} for 1 to {LOST_NODE_S} s; by default a lost node's pod is left for 300 s"
+        if not seconds or not 0 < seconds[0] <= MAX_LOST_NODE_S:
+            yield (
+                f"no toleration of node.kubernetes.io/{key} for 1 to {MAX_LOST_NODE_S} s; by default a lost node's pod "
+                "stays for 300 s"
+            )
     if not pod.get("initContainers"):
         yield "no init container; expected one that runs `dho job pull`, which brings the data"
-    if not any(container["name"] == "pytorch" for container in pod["containers"]):
-        yield f"container {pod['containers'][0]['name']!r} is not named pytorch; the operator looks for that name"
+    if not any(container["name"] == kind.container for container in pod["containers"]):
+        name = pod["containers"][0]["name"]
+        yield f"container {name!r} is not named {kind.container}; the operator looks for that name"
 
 
 def _volumes(pod: Document) -> Iterator[str]:
@@ -191,43 +158,39 @@ def _volumes(pod: Document) -> Iterator[str]:
         yield f"volume {name!r} is defined and no container mounts it"
     for name, volume in defined.items():
         if "hostPath" in volume:
-            yield f"volume {name!r} is a hostPath; expected a PersistentVolumeClaim or emptyDir (PodSecurity restricted)"
+            yield (
+                f"volume {name!r} is a hostPath; expected a PersistentVolumeClaim or emptyDir (PodSecurity restricted)"
+            )
     for container in pod["containers"]:
+        name, limit = container["name"], _limit(container, "memory")
         shm = [
             defined.get(mount["name"], {})
             for mount in container.get("volumeMounts", [])
             if mount["mountPath"] == "/dev/shm"
         ]
         if not shm or shm[0].get("emptyDir", {}).get("medium") != "Memory":
-            yield f"container {container['name']} has no memory-backed /dev/shm; expected emptyDir: {{medium: Memory}} mounted there"
-        elif (size := quantity(shm[0]["emptyDir"].get("sizeLimit", "0"))) > (limit := _limit(container, "memory")) > 0:
-            yield f"/dev/shm may take {size / 2**30:g} GiB of container {container['name']}'s memory limit of {limit / 2**30:g} GiB"
+            yield f"container {name} has no memory-backed /dev/shm; expected emptyDir: {{medium: Memory}} mounted there"
+        elif (size := quantity(shm[0]["emptyDir"].get("sizeLimit", "0"))) > limit > 0:
+            yield f"/dev/shm may take {size / 2**30:g} GiB of container {name}'s memory limit of {limit / 2**30:g} GiB"
 
 
 def _references(pod: Document, documents: list[Document], nodes: int) -> Iterator[str]:
     """What the pod names must be among the documents; Secrets are not, they are made by hand."""
-    there = {(document["kind"], document["metadata"]["name"]): document for document in documents}
-    wanted = [("ServiceAccount", pod.get("serviceAccountName", "default"))]
-    wanted += [
-        ("PersistentVolumeClaim", v["persistentVolumeClaim"]["claimName"])
-        for v in pod.get("volumes", [])
-        if "persistentVolumeClaim" in v
-    ]
+    existing = {(document["kind"], document["metadata"]["name"]): document for document in documents}
+    claims = [v["persistentVolumeClaim"]["claimName"] for v in pod.get("volumes", []) if "persistentVolumeClaim" in v]
+    references = [("ServiceAccount", pod.get("serviceAccountName", "default"))]
+    references += [("PersistentVolumeClaim", claim) for claim in claims]
     for container in containers(pod):
-        wanted += [
-            ("ConfigMap", source["configMapRef"]["name"])
-            for source in container.get("envFrom", [])
-            if "configMapRef" in source
-        ]
-    for reference in dict.fromkeys(wanted):
-        if reference not in there:
-            yield f"it uses {reference[0]} {reference[1]!r}, which is not among the documents"
-        elif (
-            reference[0] == "PersistentVolumeClaim"
-            and nodes > 1
-            and "ReadWriteMany" not in there[reference]["spec"]["accessModes"]
-        ):
-            yield f"PersistentVolumeClaim {reference[1]!r} is not ReadWriteMany; {nodes} nodes share it"
+        for source in container.get("envFrom", []):
+            if "configMapRef" in source:
+                references.append(("ConfigMap", source["configMapRef"]["name"]))
+    for kind, name in dict.fromkeys(references):
+        if (kind, name) not in existing:
+            yield f"it uses {kind} {name!r}, which is not among the documents"
+        elif kind == "PersistentVolumeClaim":
+            shared = "ReadWriteMany" in existing[kind, name]["spec"]["accessModes"]
+            if nodes > 1 and not shared:
+                yield f"PersistentVolumeClaim {name!r} is not ReadWriteMany; {nodes} nodes share it"
 
 
 def _container(container: Document, pod: Document) -> Iterator[str]:
@@ -237,12 +200,15 @@ def _container(container: Document, pod: Document) -> Iterator[str]:
     if not image or re.search(r"\s", image):
         yield f"image is {image!r}; expected registry/name:tag"
     elif not digest and tag in ("", "latest"):
-        yield f"image {image} has no fixed tag; expected name:version or name@sha256:..., so that every node runs the same"
+        yield (
+            f"image {image} has no fixed tag; expected name:version or name@sha256:..., so that every node runs the "
+            "same"
+        )
     resources = container.get("resources", {})
-    for part in ("requests", "limits"):
+    for key in ("requests", "limits"):
         for amount in ("cpu", "memory"):
-            if amount not in resources.get(part, {}):
-                yield f"resources.{part} has no {amount}"
+            if amount not in resources.get(key, {}):
+                yield f"resources.{key} has no {amount}"
     for amount, value in resources.get("requests", {}).items():
         if amount in resources.get("limits", {}) and quantity(value) > quantity(resources["limits"][amount]):
             yield f"it requests {amount} {value}, more than its limit {resources['limits'][amount]}"
@@ -250,7 +216,7 @@ def _container(container: Document, pod: Document) -> Iterator[str]:
     if security.get("allowPrivilegeEscalation") is not False or security.get("privileged"):
         yield "securityContext.allowPrivilegeEscalation is not false (PodSecurity restricted)"
     if "ALL" not in security.get("capabilities", {}).get("drop", []):
-        yield "securityContext drops not ALL capabilities (PodSecurity restricted)"
+        yield "securityContext does not drop ALL capabilities (PodSecurity restricted)"
     if security.get("readOnlyRootFilesystem") is not True:
         yield "securityContext.readOnlyRootFilesystem is not true"
     if security.get("runAsUser", pod.get("securityContext", {}).get("runAsUser")) == 0:
@@ -261,18 +227,22 @@ def _secrets(container: Document) -> Iterator[str]:
     for variable in container.get("env", []):
         name, value = variable["name"], str(variable.get("value", ""))
         if _SECRET_VALUE.search(value) or (value and _SECRET_NAME.search(name) and not value.startswith("/")):
-            yield f"env {name} has what looks like a secret as its value; put it into a Secret that is mounted as a file"
+            yield (
+                f"env {name} has what looks like a secret as its value; put it into a Secret that is mounted as a file"
+            )
         if "secretKeyRef" in variable.get("valueFrom", {}):
-            yield f"env {name} takes a Secret into the environment, where every child process has it; mount it as a file"
+            yield (
+                f"env {name} takes a Secret into the environment, where every child process has it; mount it as a file"
+            )
 
 
-def _processes(container: Document, pod: Document, processes: str) -> Iterator[str]:
+def _processes(container: Document, pod: Document, processes: str, field: str) -> Iterator[str]:
     resources = container.get("resources", {})
     gpus = resources.get("limits", {}).get(GPU)
     if not re.fullmatch(r"[1-9]\d*", processes):
-        yield f"spec.nprocPerNode is {processes!r}; expected a number of processes in quotes"
+        yield f"{field} is {processes!r}; expected a number of processes in quotes"
     elif gpus is not None and str(gpus) != processes:
-        yield f"{gpus} GPUs for spec.nprocPerNode {processes}; expected one process a GPU"
+        yield f"{gpus} GPUs for {field} {processes}; expected one process per GPU"
     if resources.get("requests", {}).get(GPU, gpus) != gpus:
         yield f"it requests {resources['requests'][GPU]} GPUs with a limit of {gpus}; Kubernetes wants both the same"
     if gpus is not None and not any(t.get("key") == GPU for t in pod.get("tolerations", [])):

@@ -1,4 +1,4 @@
-"""Watch a job to its end: phases, the log of rank 0 with its progress, what went wrong on the way; the job's exit status at the end."""
+"""Follow a job to its end: print its phases, the log of rank 0 with its progress, and what goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -8,49 +8,48 @@ import time
 from typing import Any
 
 from dho.cluster import reasons
-from dho.cluster.api import Cluster, phase, rank_zero, replicas
-from dho.cluster.manifest import QUEUE_LABEL
+from dho.cluster.api import Cluster
+from dho.cluster.job import QUEUE_LABEL
 from dho.cluster.watch import News, Streams
-from dho.core.errors import ClusterError
+from dho.core.errors import FAILED, INTERRUPTED, NOT_STARTED, SUCCEEDED, ClusterError
 from dho.core.progress import bar
 
-SUCCEEDED, FAILED, NOT_STARTED, INTERRUPTED = 0, 1, 4, 130
-"""Exit statuses of `dho launch` and `dho logs -f`."""
 REASON_AFTER_S = 10.0
-"""A reason for not starting that has held this long is told."""
+"""A reason for not starting is reported when it has held this long, seconds."""
 AGAIN_AFTER_S = 120.0
-"""The same reason, with other numbers in it, is told again at the earliest after this time."""
+"""The same reason, with other numbers in it, is reported again after this time at the earliest, seconds."""
 SAME_FAULT_S = 3.0
-"""Restarts with less time than this between them are told together."""
-LAST_LINES_S = 15.0
+"""Restarts with less time than this between them are reported together, seconds."""
+MAX_LAST_LINES_S = 15.0
 """Longest wait for the rest of the log of a job that has ended, seconds."""
-START_S = 600.0
+MAX_START_S = 600.0
 """Longest wait for a job to start, seconds."""
-API_PATIENCE_S = 600.0
+MAX_API_DOWN_S = 600.0
 """Longest wait for an API server that does not answer, seconds; the job does not need it."""
 _STEP = re.compile(r"(?P<stage>\w+): step (?P<step>\d+)/(?P<steps>\d+)(?P<note>.*)")
 
 
-def follow(cluster: Cluster, name: str, start_timeout_s: float = START_S) -> int:
+def follow(cluster: Cluster, name: str, start_timeout_s: float = MAX_START_S) -> int:
     """Print what happens to a job until it ends.
 
     Args:
         cluster: where the job is.
         name: of the job, which must exist.
-        start_timeout_s: seconds that it may take until all pods (of an elastic job: the fewest) run; waiting in a queue does not count.
+        start_timeout_s: seconds that it may take until all pods (of an elastic job: the fewest) run; waiting in a queue
+            does not count.
 
     Returns:
-        SUCCEEDED or FAILED as the job ends, NOT_STARTED when it did not start in time, INTERRUPTED on Ctrl-C. The latter two leave the job
-        as it is.
+        SUCCEEDED or FAILED as the job ends, NOT_STARTED when it did not start in time, INTERRUPTED on Ctrl-C. The
+        latter two leave the job as it is.
 
     Raises:
-        ClusterError: the job was deleted, or the API server did not answer for `API_PATIENCE_S` seconds.
+        ClusterError: the job was deleted, or the API server did not answer for `MAX_API_DOWN_S` seconds.
     """
     follower = _Follower(cluster, name, start_timeout_s)
     try:
         return follower.run()
     except KeyboardInterrupt:
-        follower.say(f"{name} goes on without this; {_hint(cluster, name)}")
+        follower.say(f"{name} keeps running; {_hint(cluster, name)}")
         return INTERRUPTED
     finally:
         follower.streams.close()
@@ -63,7 +62,7 @@ def _hint(cluster: Cluster, name: str) -> str:
 
 class _Follower:
     def __init__(self, cluster: Cluster, name: str, start_timeout_s: float) -> None:
-        self.cluster, self.name, self.start_timeout_s = cluster, name, start_timeout_s
+        self.cluster, self.kind, self.name, self.start_timeout_s = cluster, cluster.kind, name, start_timeout_s
         self.streams = Streams(cluster, name)
         self.job: dict[str, Any] | None = None
         self.pods: dict[str, dict[str, Any]] = {}
@@ -72,9 +71,9 @@ class _Follower:
         self.started = False
         self.phase = ""
         self.running = -1
-        self.running_said = 0.0
+        self.running_at = 0.0
         self.since: dict[str, float] = {}
-        self.told: dict[str, float] = {}
+        self.reported: dict[str, float] = {}
         self.reasons: dict[str, list[str]] = {}
         self.restarted: dict[str, list[str]] = {}
         self.restarted_at = 0.0
@@ -82,7 +81,7 @@ class _Follower:
         self.changed = False
         self.synced: set[str] = set()
         self.down: dict[str, tuple[float, str]] = {}
-        self.down_said = False
+        self.down_reported = False
         self.last_lines: dict[tuple[str, str, int], str] = {}
         self.bar = bar()
         self.task: Any = None
@@ -102,11 +101,11 @@ class _Follower:
                     return status
 
     def _look(self) -> int | None:
-        """Tell what the news amount to; the exit status at the end."""
+        """Report what the news amount to; the exit status at the end."""
         assert self.job is not None
-        if phase(self.job) in ("Succeeded", "Failed"):
+        if self.kind.phase(self.job) in ("Succeeded", "Failed"):
             self._read_log()
-            self.streams.wait_for_log(LAST_LINES_S)
+            self.streams.wait_for_log(MAX_LAST_LINES_S)
             self._take_news(0)
             return self._end()
         changed, self.changed = self.changed, False
@@ -132,34 +131,34 @@ class _Follower:
         elif news.what == "BROKEN":
             raise news.value
         elif news.what == "NEVER":
-            self.say(f"reasons for not starting may be missing: {news.source}: {news.value}")
+            self.say(f"reasons for not starting may be missing: {news.stream}: {news.value}")
         elif news.what == "DOWN":
-            self.down.setdefault(news.source, (time.monotonic(), news.value))
+            self.down.setdefault(news.stream, (time.monotonic(), news.value))
         elif news.what == "UP":
-            if self.down.pop(news.source, None) and not self.down and self.down_said:
-                self.down_said = False
+            if self.down.pop(news.stream, None) and not self.down and self.down_reported:
+                self.down_reported = False
                 self.say("the API server answers again")
         else:
             self.changed = True
-            self.synced.add(news.source)
-            if news.source == "job":
+            self.synced.add(news.stream)
+            if news.stream == "job":
                 self._take_job(news)
-            elif news.source == "pods":
+            elif news.stream == "pods":
                 self._take_pods(news)
             else:
                 self.events = _updated(self.events, news)
 
     def _take_job(self, news: News) -> None:
-        found = news.value if news.what == "SYNC" else [news.value]
-        if news.what == "DELETED" or not found:
+        jobs = news.value if news.what == "SYNC" else [news.value]
+        if news.what == "DELETED" or not jobs:
             raise ClusterError(f"job {self.name} was deleted from namespace {self.cluster.namespace}")
-        self.job = found[0]
+        self.job = jobs[0]
 
     def _take_pods(self, news: News) -> None:
         before, self.pods = self.pods, _updated(self.pods, news)
         for uid, pod in self.pods.items():
-            replica = reasons.replica_of(pod)
-            ended = reasons.restarts(before[uid], pod) if uid in before else ""
+            replica = self.kind.replica_of(pod)
+            ended = reasons.restarts(before[uid], pod, self.kind.container) if uid in before else ""
             if self.seen.setdefault(replica, uid) != uid:
                 self.seen[replica], ended = uid, "its pod was lost"
             if ended:
@@ -167,58 +166,58 @@ class _Follower:
                 self.restarted.setdefault(ended, []).append(replica)
 
     def _read_log(self) -> None:
-        """Read the log of rank 0's container, and know when it has ended."""
+        """Read the log of rank 0's container, and note when the container has ended."""
         assert self.job is not None
-        wanted = rank_zero(self.job)
+        rank_zero = self.kind.rank_zero(self.job)
         for pod in self.pods.values():
-            if pod["metadata"]["name"] != wanted:
+            if self.kind.replica_of(pod) != rank_zero:
                 continue
             for container in pod.get("status", {}).get("containerStatuses", []):
+                if container["name"] != self.kind.container:
+                    continue
                 state, id_ = container.get("state", {}), container.get("containerID", "")
-                if container["name"] == "pytorch" and id_ and "waiting" not in state:
-                    self.streams.follow_log(wanted, pod["metadata"]["uid"], id_)
+                if id_ and "waiting" not in state:
+                    self.streams.follow_log(pod["metadata"]["name"], pod["metadata"]["uid"], id_)
                     if "terminated" in state:
                         self.streams.log_ended(id_)
-                elif container["name"] == "pytorch" and (
-                    past := container.get("lastState", {}).get("terminated", {}).get("containerID")
-                ):
+                elif past := container.get("lastState", {}).get("terminated", {}).get("containerID"):
                     self.streams.log_ended(past)
 
     def _end(self) -> int:
         assert self.job is not None
-        how = phase(self.job)
-        if how == "Succeeded":
+        if self.kind.phase(self.job) == "Succeeded":
             self.say(f"{self.name} Succeeded after {time.monotonic() - self.began:.0f} s")
             return SUCCEEDED
-        message = next((c.get("message", "") for c in self.job["status"]["conditions"] if c["type"] == how), "")
-        self.say(f"{self.name} Failed: {reasons.one_line(message)}")
+        self.say(f"{self.name} Failed: {reasons.one_line(self.kind.failure(self.job))}")
         return FAILED
 
     def _phase(self) -> None:
-        """Tell a new phase, or another number of pods that run."""
+        """Report a new phase, or another number of pods that run."""
         assert self.job is not None
-        now, total, clock = phase(self.job), replicas(self.job), time.monotonic()
+        now, total, clock = self.kind.phase(self.job), self.kind.replicas(self.job), time.monotonic()
         running = sum(pod.get("status", {}).get("phase") == "Running" for pod in self.pods.values())
-        self.started |= running >= (self.job["spec"].get("elasticPolicy") or {}).get("minReplicas", total)
+        self.started |= running >= self.kind.min_replicas(self.job)
         if now == "Suspended":
             self.unsuspended = clock
         if now != self.phase or (
-            running != self.running and (running == total or clock - self.running_said > REASON_AFTER_S)
+            running != self.running and (running == total or clock - self.running_at > REASON_AFTER_S)
         ):
-            self.phase, self.running, self.running_said = now, running, clock
-            held = ""
+            self.phase, self.running, self.running_at = now, running, clock
+            admission = ""
             if now == "Suspended":
-                by = self.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-                held = "; waits to be admitted" + (f" by queue {by}" if by else "")
-            self.say(f"{self.name} {now}, {running} of {total} pods run{held}")
+                waits_for = self.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+                admission = "; waits to be admitted" + (f" by queue {waits_for}" if waits_for else "")
+            self.say(f"{self.name} {now}, {running} of {total} pods run{admission}")
 
     def _waiting(self, changed: bool) -> int | None:
-        """Tell what keeps pods from running; the exit status when the job has taken too long to start."""
+        """Report what keeps pods from running; the exit status when the job has taken too long to start."""
         assert self.job is not None
         now = time.monotonic()
         if changed:
-            self.reasons = reasons.waiting(self.job, self.pods.values(), self.events.values(), self._last_line)
-            # The part before the colon: numbers behind it change while it is the same that is missing.
+            self.reasons = reasons.waiting(
+                self.kind, self.job, self.pods.values(), self.events.values(), self._last_line
+            )
+            # By the words before the colon: numbers behind it change while it is the same that is missing.
             self.since = {
                 key: self.since.get(key, now) for key in (reason.partition(":")[0] for reason in self.reasons)
             }
@@ -226,9 +225,9 @@ class _Follower:
             category = reason.partition(":")[0]
             if (
                 now - self.since[category] >= REASON_AFTER_S
-                and now - self.told.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S
+                and now - self.reported.get(category, -AGAIN_AFTER_S) >= AGAIN_AFTER_S
             ):
-                self.told[category] = now
+                self.reported[category] = now
                 self.say(f"{reasons.several(names) or self.name} does not start: {reason}")
         if self.started or now - max(self.began, self.unsuspended) < self.start_timeout_s:
             return None
@@ -240,14 +239,14 @@ class _Follower:
         return NOT_STARTED
 
     def _restarts(self) -> None:
-        """Tell of containers that ended and were started again, when those that the first took along have ended too."""
+        """Report containers that ended and were started again, when those that the first took along have ended too."""
         if self.restarted and time.monotonic() - self.restarted_at > SAME_FAULT_S:
             for ended, names in self.restarted.items():
                 self.say(f"{reasons.several(names)} started again after {ended}")
             self.restarted.clear()
 
     def _last_line(self, pod: str, container: str) -> str:
-        """Of a container that has ended; asked for once each time it ends."""
+        """The last line of a container that has ended, asked for once each time it ends."""
         statuses = [
             status
             for one in self.pods.values()
@@ -271,12 +270,12 @@ class _Follower:
 
     def _api_is_down(self) -> None:
         first, why = min(self.down.values())
-        if time.monotonic() - first > 2 and not self.down_said:
-            self.down_said = True
-            self.say(f"the API server does not answer ({why}); trying on, and the job does not need it")
-        if time.monotonic() - first > API_PATIENCE_S:
+        if time.monotonic() - first > 2 and not self.down_reported:
+            self.down_reported = True
+            self.say(f"the API server does not answer ({why}); trying again, and the job does not need it")
+        if time.monotonic() - first > MAX_API_DOWN_S:
             raise ClusterError(
-                f"the API server did not answer for {API_PATIENCE_S:.0f} s; {_hint(self.cluster, self.name)}"
+                f"the API server did not answer for {MAX_API_DOWN_S:.0f} s; {_hint(self.cluster, self.name)}"
             )
 
     def _log_line(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""`dho launch`: render, check, submit, follow; and what `dho train` and `dho teach` do where `launch.target` is kubernetes."""
+"""`dho launch`: render, check, submit, follow; and how a stage runs where `launch.target` is kubernetes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from dho.cluster.checks import check
-from dho.cluster.manifest import Document, Launch, elastic_range, kind, render
+from dho.cluster.job import Document, Launch, elastic_range, job_kind
+from dho.cluster.manifest import render
 from dho.cluster.revision import collect
 from dho.config import Config, KubernetesConfig
-from dho.core.errors import ClusterError
+from dho.core.errors import INTERRUPTED, NOT_STARTED, SUCCEEDED, ClusterError
 from dho.core.workspace import Workspace
 
 
 def launch_of(config: KubernetesConfig, stage: str = "train") -> Launch:
-    """`launch.kubernetes` of params.yaml as a launch; raises `ClusterError`."""
-    elastic = elastic_range(config.elastic) if config.elastic is not None else None
+    """Make a launch of `launch.kubernetes` in params.yaml; raises `ClusterError`."""
     return Launch(
-        nodes=config.nodes, gpus=config.gpus, elastic=elastic, queue=config.queue, image=config.image, stage=stage
+        nodes=config.nodes,
+        gpus=config.gpus,
+        elastic=elastic_range(config.elastic) if config.elastic is not None else None,
+        queue=config.queue,
+        image=config.image,
+        stage=stage,
+        kind=config.kind,
     )
 
 
 def prepare(launch: Launch) -> list[Document]:
-    """Documents that keep every rule; raises `ClusterError` with one line for each that one breaks."""
-    documents = render(launch)
-    check(documents)
+    """Render the documents of a launch and check them.
+
+    Raises:
+        ClusterError: one line for each rule that they break, or what `dho.cluster.manifest.render` raises.
+        ConfigError: there is no such kind of job.
+    """
+    kind = job_kind(launch.kind)
+    documents = render(launch, kind)
+    check(documents, kind)
     return documents
 
 
 def published(launch: Launch, root: Path) -> Launch:
-    """The same launch of what is in the project's folder now, sent to the DVC remote; named after it where it has no name.
+    """Publish what is in the project's folder now, where the launch names no revision.
+
+    Returns:
+        The launch with a revision, and named after it where it had no name.
 
     Raises:
         DhoError: as `dho.cluster.revision.publish`.
@@ -51,22 +66,23 @@ def run_stage(stage: str, config: Config, workspace: Workspace, **_: Any) -> Non
     Raises:
         DhoError: nothing could be published, the job is not one that could run, or it did not end as Succeeded.
     """
-    from dho.cluster.api import connect, phase
-    from dho.cluster.follow import INTERRUPTED, NOT_STARTED, SUCCEEDED, follow
+    from dho.cluster.api import connect
+    from dho.cluster.follow import follow
 
     settings = config.launch.kubernetes
     launch = launch_of(settings, stage)
     prepare(launch)  # before minutes of upload
     launch = published(launch, workspace.root)
     documents = prepare(launch)
-    name = kind(documents, "PyTorchJob")["metadata"]["name"]
-    cluster = connect(settings.namespace)
-    there = cluster.job(name)
-    if there is not None and phase(there) == "Failed":
+    kind = job_kind(launch.kind)
+    name = kind.job(documents)["metadata"]["name"]
+    cluster = connect(settings.namespace, kind)
+    existing = cluster.job(name)
+    if existing is not None and kind.phase(existing) == "Failed":
         cluster.delete(name)
         cluster.wait_until_gone(name)
-        there = None
-    if there is None:
+        existing = None
+    if existing is None:
         cluster.submit(documents)
     print(f"launch: {name} in namespace {settings.namespace}", flush=True)
     status = follow(cluster, name)

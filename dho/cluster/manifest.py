@@ -1,6 +1,7 @@
-"""The manifests that `dho launch` sends: base and overlays of k8s/ as kustomize puts them together, with this launch's numbers and names.
+"""The manifests that `dho launch` sends: what kustomize makes of k8s/, with one launch's numbers and names.
 
-    documents = render(Launch(nodes=64, gpus=8, name="dho-train-1", revision=revision))
+    from dho.cluster.job import Launch
+    documents = render(Launch(nodes=64, gpus=8, name="dho-train-1", revision="0" * 64))
 
 Nothing else about a job is decided here: what pods look like stands in k8s/ alone.
 """
@@ -10,105 +11,40 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonpatch
 import yaml
 
+from dho.cluster.job import QUEUE_LABEL, Document, JobKind, Launch, containers, job_kind
 from dho.core.errors import ClusterError
 
-FAULTS = 10
-"""Lost processes or nodes that a job survives; the operator's backoffLimit is this many for each replica (see k8s/base/pytorchjob.yaml)."""
-LARGEST_JOB = 1024
-"""Nodes."""
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-Document = dict[str, Any]
 
+def render(launch: Launch, kind: JobKind | None = None) -> list[Document]:
+    """Make every document that the job needs, the job itself last.
 
-@dataclass(frozen=True)
-class Launch:
-    """What one launch chooses; raises `ClusterError` on values that contradict each other."""
-
-    nodes: int = 2
-    gpus: int | None = None
-    """GPUs, and processes, a node; None trains on CPUs with one process a node."""
-    elastic: tuple[int, int] | None = None
-    """Fewest and most nodes with which training goes on; None needs all of them all the time."""
-    queue: str | None = None
-    """Kueue's LocalQueue."""
-    image: str | None = None
-    """None takes that of k8s/base."""
-    name: str | None = None
-    """Of the job and of its ConfigMap; None takes those of k8s/."""
-    stage: str = "train"
-    revision: str | None = None
-    """64 hex digits as `dho publish` prints them; None takes that of k8s/base."""
-    remote: str | None = None
-    """s3://bucket/prefix that holds the revision; None takes that of k8s/base."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= LARGEST_JOB:
-            raise ClusterError(f"nodes is {self.nodes}; expected 1 to {LARGEST_JOB}")
-        if self.gpus is not None and not 1 <= self.gpus <= 16:
-            raise ClusterError(f"gpus is {self.gpus}; expected 1 to 16 a node, or leave it out to train on CPUs")
-        if self.elastic is not None:
-            low, high = self.elastic
-            if not 1 <= low <= high <= LARGEST_JOB:
-                raise ClusterError(f"elastic is {low}:{high}; expected MIN:MAX with 1 <= MIN <= MAX <= {LARGEST_JOB}")
-            if not low <= self.nodes <= high:
-                raise ClusterError(f"nodes is {self.nodes}; expected {low} to {high}, as elastic says")
-        if self.stage not in ("train", "teach"):
-            raise ClusterError(f"stage is {self.stage!r}; expected train or teach")
-        if self.revision is not None and not re.fullmatch(r"[0-9a-f]{64}", self.revision):
-            raise ClusterError(f"revision is {self.revision!r}; expected 64 hex digits, as `dho publish` prints them")
-        if self.remote is not None and not re.fullmatch(r"s3://[^/]+(/.*)?", self.remote):
-            raise ClusterError(f"remote is {self.remote!r}; expected s3://bucket/prefix")
-        if self.queue is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.queue):
-            raise ClusterError(
-                f"queue is {self.queue!r}; expected the name of a LocalQueue: small letters, digits and -"
-            )
-
-    def overlays(self) -> list[str]:
-        """Folders of k8s/overlays in the order in which they are applied; `elastic` takes the Master away that the others still patch."""
-        chosen = ["cpu" if self.gpus is None else "gpu"]
-        chosen += ["teach"] if self.stage == "teach" else []
-        chosen += ["elastic"] if self.elastic else []
-        return chosen + (["kueue"] if self.queue else [])
-
-
-def elastic_range(text: str) -> tuple[int, int]:
-    """`1:4` as numbers; raises `ClusterError`."""
-    if not (match := re.fullmatch(r"(\d+):(\d+)", text)):
-        raise ClusterError(f"elastic is {text!r}; expected MIN:MAX, the fewest and the most nodes, as in 1:4")
-    return int(match[1]), int(match[2])
-
-
-def folder() -> Path:
-    """The k8s folder: that of the project one stands in, else of this checkout, else the installed package's."""
-    package = Path(__file__).parent.parent
-    for place in (Path("k8s"), package.parent / "k8s", package / "k8s"):
-        if (place / "base/pytorchjob.yaml").is_file():
-            return place
-    raise ClusterError(
-        "no folder k8s with base/pytorchjob.yaml here; install the package again, or run this in the project's folder"
-    )
-
-
-def render(launch: Launch) -> list[Document]:
-    """Every document that the job needs, the PyTorchJob last.
+    Args:
+        launch: what is asked for.
+        kind: of the job; None takes the one that `launch.kind` names.
 
     Raises:
-        ClusterError: a file of k8s/ is missing or cannot be read, or a patch does not fit the base.
+        ClusterError: the kind cannot do what is asked for, a file of k8s/ is missing or cannot be read, or a patch does
+            not fit the base.
+        ConfigError: there is no such kind.
     """
-    documents = kustomized(launch.overlays())
-    job, environment = kind(documents, "PyTorchJob"), kind(documents, "ConfigMap")
-    _size(job, launch)
+    kind = kind or job_kind(launch.kind)
+    kind.refuse(launch)
+    documents = kustomized(kind, launch.overlays())
+    job, environment = kind.job(documents), kind.environment(documents)
+    processes = kind.processes(documents)
+    kind.size(documents, launch)
+    if launch.gpus is not None:
+        _scale(documents, kind, launch.gpus, processes)
     if launch.name is not None:
-        _rename(job, environment, launch.name)
+        _rename(documents, kind, launch.name)
     if launch.image is not None:
-        for pod in pod_specs(job):
+        for pod in kind.pods(documents).values():
             for container in containers(pod):
                 container["image"] = launch.image
     if launch.queue is not None:
@@ -120,13 +56,28 @@ def render(launch: Launch) -> list[Document]:
     return documents
 
 
-def kustomized(overlays: list[str]) -> list[Document]:
-    """The documents of k8s/base with the patches of overlays upon them, as `kubectl kustomize` gives them for each overlay alone."""
-    place = folder()
-    documents: list[Document] = _load(place / "base/pytorchjob.yaml")
+def kustomized(kind: JobKind, overlays: list[str]) -> list[Document]:
+    """Apply overlays to a kind's base, each as `kubectl kustomize` applies it alone; raises `ClusterError`."""
+    k8s = folder(kind)
+    documents: list[Document] = _load(k8s / kind.base)
     for overlay in overlays:
-        documents = _overlaid(documents, place / "overlays" / overlay)
+        documents = _overlaid(documents, k8s / kind.overlays / overlay, kind)
     return documents
+
+
+def folder(kind: JobKind) -> Path:
+    """Find the folder k8s that holds a kind's base: the working folder's, this checkout's or the installed package's.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    package = Path(__file__).parent.parent
+    for place in (Path("k8s"), package.parent / "k8s", package / "k8s"):
+        if (place / kind.base).is_file():
+            return place
+    raise ClusterError(
+        f"no folder k8s with {kind.base} here; install the package again, or run this in the project's folder"
+    )
 
 
 def to_yaml(documents: list[Document]) -> str:
@@ -134,38 +85,15 @@ def to_yaml(documents: list[Document]) -> str:
     return yaml.dump_all(documents, Dumper=_NoAliases, sort_keys=False, width=140)
 
 
-def kind(documents: list[Document], name: str) -> Document:
-    """The one document of a kind; raises `ClusterError`."""
-    found = [document for document in documents if document.get("kind") == name]
-    if len(found) != 1:
-        raise ClusterError(f"k8s/base/pytorchjob.yaml: {len(found)} documents of kind {name}; expected one")
-    return found[0]
-
-
-def pod_specs(job: Document) -> list[Document]:
-    """The pod specs of a PyTorchJob, Master's first."""
-    return [replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
-
-
-def containers(pod: Document) -> list[Document]:
-    """All containers of a pod spec, those of the initialisation first."""
-    return [*pod.get("initContainers", []), *pod["containers"]]
-
-
-def backoff_limit(replicas: int) -> int:
-    """Restarts, summed over all pods, after which the operator gives a job up."""
-    return FAULTS * replicas
-
-
 class _NoAliases(yaml.SafeDumper):
-    """Both replicas are written out, so that a person may change one of them."""
+    """Writes out all replicas, so that a person may change one of them."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 
 def _load(path: Path) -> list[Any]:
-    """The documents of a file. What YAML says once and uses twice comes as two copies, as to kustomize: patches change one of them."""
+    """The documents of a file; an alias becomes a copy, as with kustomize, so that a patch changes one of both."""
     try:
         documents = yaml.load_all(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return [json.loads(json.dumps(document)) for document in documents]
@@ -175,8 +103,8 @@ def _load(path: Path) -> list[Any]:
         raise ClusterError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _overlaid(documents: list[Document], overlay: Path) -> list[Document]:
-    """Apply the JSON6902 patches of an overlay's kustomization; kustomize features that are not ours are refused, never left out."""
+def _overlaid(documents: list[Document], overlay: Path, kind: JobKind) -> list[Document]:
+    """Apply the JSON6902 patches of an overlay's kustomization; its other features are refused, never ignored."""
     (settings,) = _load(overlay / "kustomization.yaml")
     unknown = set(settings) - {"apiVersion", "kind", "resources", "patches"}
     if unknown:
@@ -184,57 +112,50 @@ def _overlaid(documents: list[Document], overlay: Path) -> list[Document]:
             f"{overlay}/kustomization.yaml: dho launch knows no {', '.join(sorted(unknown))}; write it as a patch"
         )
     for patch in settings["patches"]:
-        target = patch["target"]
-        hits = [i for i, document in enumerate(documents) if document["kind"] == target["kind"]]
+        targets = [i for i, document in enumerate(documents) if document["kind"] == patch["target"]["kind"]]
         (operations,) = _load(overlay / patch["path"])
-        for i in hits:
+        for i in targets:
             try:
                 documents[i] = jsonpatch.apply_patch(documents[i], operations)
             except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
-                raise ClusterError(
-                    f"{overlay / patch['path']} does not fit k8s/base/pytorchjob.yaml: {error}"
-                ) from error
+                raise ClusterError(f"{overlay / patch['path']} does not fit k8s/{kind.base}: {error}") from error
     return documents
 
 
-def _size(job: Document, launch: Launch) -> None:
-    """Set nodes, GPUs, what goes with each GPU, and the restarts that so many nodes may take."""
-    spec = job["spec"]
-    replicas = spec["pytorchReplicaSpecs"]
-    if launch.elastic is not None:
-        replicas["Worker"]["replicas"] = launch.nodes
-        spec["elasticPolicy"]["minReplicas"], spec["elasticPolicy"]["maxReplicas"] = launch.elastic
-    elif launch.nodes == 1:
-        del replicas["Worker"]
-    else:
-        replicas["Worker"]["replicas"] = launch.nodes - 1
-    most = launch.elastic[1] if launch.elastic else launch.nodes
-    spec["runPolicy"]["backoffLimit"] = backoff_limit(most)
-    if launch.gpus is not None:
-        share = launch.gpus / int(spec["nprocPerNode"])
-        spec["nprocPerNode"] = str(launch.gpus)
-        for pod in pod_specs(job):
-            for amounts in pod["containers"][0]["resources"].values():
-                for name, amount in amounts.items():
-                    amounts[name] = _scaled(amount, share)
-            for volume in pod["volumes"]:
-                if volume.get("emptyDir", {}).get("medium") == "Memory":
-                    volume["emptyDir"]["sizeLimit"] = _scaled(volume["emptyDir"]["sizeLimit"], share)
+def _scale(documents: list[Document], kind: JobKind, gpus: int, processes: str) -> None:
+    """Give each GPU its share of processors, memory and shared memory; overlay gpu has them for `processes` GPUs."""
+    place = f"k8s/{kind.overlays}/gpu"
+    if not re.fullmatch(r"[1-9]\d*", processes):
+        raise ClusterError(
+            f"{place}: {kind.processes_field} is {processes!r}; expected a number of processes in quotes"
+        )
+    share = gpus / int(processes)
+    for pod in kind.pods(documents).values():
+        for amounts in pod["containers"][0]["resources"].values():
+            for name, amount in amounts.items():
+                amounts[name] = _scaled(amount, share, place)
+        for volume in pod["volumes"]:
+            if volume.get("emptyDir", {}).get("medium") == "Memory":
+                volume["emptyDir"]["sizeLimit"] = _scaled(volume["emptyDir"]["sizeLimit"], share, place)
 
 
-def _scaled(amount: str, share: float) -> str:
+def _scaled(amount: str, share: float, place: str) -> str:
     """A quantity such as 8, 500m or 64Gi times `share`, rounded up to a whole number of its unit."""
     match = re.fullmatch(r"(\d+)([A-Za-z]*)", str(amount))
     if match is None:
-        raise ClusterError(f"k8s/overlays/gpu: quantity {amount!r}; expected a whole number and a unit, as in 64Gi")
+        raise ClusterError(f"{place}: quantity {amount!r}; expected a whole number and a unit, as in 64Gi")
     return f"{math.ceil(int(match[1]) * share)}{match[2]}"
 
 
-def _rename(job: Document, environment: Document, name: str) -> None:
-    """Name the job, and give it a ConfigMap of its own: another launch must not change what this one's pods read when they start again."""
+def _rename(documents: list[Document], kind: JobKind, name: str) -> None:
+    """Name the job, and give it a ConfigMap of its own.
+
+    Another launch would otherwise change what the pods of this one read when they restart.
+    """
+    job, environment = kind.job(documents), kind.environment(documents)
     old = environment["metadata"]["name"]
     job["metadata"]["name"] = environment["metadata"]["name"] = name
-    for pod in pod_specs(job):
+    for pod in kind.pods(documents).values():
         for container in containers(pod):
             for source in container.get("envFrom", []):
                 if source.get("configMapRef", {}).get("name") == old:

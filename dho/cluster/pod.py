@@ -1,29 +1,29 @@
-"""What a pod of a PyTorchJob runs, in its working folder (k8s/base/pytorchjob.yaml).
+"""What a pod of a job runs, in its working folder.
 
     dho job pull                # init container: parameters and data of the pinned revision
-    dho job train               # main container: torchrun; then rank 0 evaluates, registers and gives the results back
+    dho job train               # main container: torchrun; then rank 0 evaluates, registers and returns the results
     dho job teach               # the same for the teacher store
 
-Killed, evicted or moved to another node, a pod goes on where the job's checkpoints (or the store's shards) are; they are on the one volume
-that all pods share. The exit code is 0 only when all of it is done.
+A pod that was killed, evicted or moved to another node resumes where the job's checkpoints (or the store's shards) are:
+on the one volume that all pods share. The exit status is 0 only when all of it is done.
+
+torch, MLflow and what brings them are imported where they are used: the commands of a cluster are light.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dho.cluster.revision import Remote, give_back
+from dho.cluster.revision import Remote, return_results
 from dho.config import Config
 from dho.core.files import write_atomically
-from dho.core.process import Process, others_wait
 from dho.core.retry import retry
 from dho.core.workspace import Workspace
-from dho.teacher.teach import teach
-from dho.tracking.server import connect
-from dho.training.train import train
+
+if TYPE_CHECKING:
+    from dho.core.process import Process
 
 
 def run_in_pod(stage: str, config: Config, workspace: Workspace, process: Process) -> Any:
@@ -32,33 +32,42 @@ def run_in_pod(stage: str, config: Config, workspace: Workspace, process: Proces
 
 
 def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool:
-    """Train; on rank 0 then evaluate, register, give back. Every rank must call; False when a signal ended it."""
+    """Train, and on rank 0 evaluate, register and return the results; every rank must call.
+
+    False where a signal ended the training.
+    """
+    from dho.core.process import others_wait
+    from dho.tracking.server import connect
+    from dho.training.train import train
 
     def then() -> None:
-        # Only here: every rank would otherwise import MLflow, Matplotlib and pandas each time that training starts again.
-        from dho.evaluation import evaluate as report
-        from dho.registry.lineage import Sources
+        # Only here: otherwise every rank would import Matplotlib and pandas each time training starts again.
+        from dho.evaluation.evaluate import evaluate
         from dho.registry.register import register
 
-        metrics = retry(lambda: report.evaluate(config, workspace))
-        sources = Sources(workspace.prepared, workspace.teacher, workspace.plots)
-        done = retry(lambda: register(config, workspace.student, workspace.metrics, workspace.registered, sources))
-        outputs = {name: workspace.trained / name for name in ("student", "head_outputs", "history.csv")}
-        give_back(Remote.of_environment(), os.environ["DHO_REVISION"], Path(), "train", outputs)
+        metrics = retry(lambda: evaluate(config, workspace))
+        done = retry(lambda: register(config, workspace))
+        outputs = {path.name: path for path in (workspace.student, workspace.head_outputs, workspace.history)}
+        return_results(Remote.of_environment(), os.environ["DHO_REVISION"], workspace.root, "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]
         print(f"train: models:/{done['name']}/{done['version']}, top-1 {top1:.2f} % on test", flush=True)
 
     with others_wait(process):
         if process.is_main:
-            retry(lambda: connect(config.tracking))  # a node that took MLflow with it gives it back
+            retry(
+                lambda: connect(config.tracking)
+            )  # MLflow may have been on a node that was lost, and comes back elsewhere
     return train(config, workspace, process, then)
 
 
 def teach_in_pod(config: Config, workspace: Workspace, process: Process) -> None:
-    """Write the teacher store on the shared volume, each rank its shards; on rank 0 then give it back. Every rank must call.
+    """Write the teacher store on the shared volume, each rank its shards, and return it. Every rank must call.
 
-    Once the remote has it, the volume keeps only the note that it has.
+    Once the remote has it, the volume keeps only a note that says so.
     """
+    from dho.core.process import others_wait
+    from dho.teacher.teach import teach
+
     revision = os.environ["DHO_REVISION"]
     store = workspace.checkpoints / f"teacher-{revision[:16]}"
     note = store.with_suffix(".in-remote")
@@ -67,10 +76,10 @@ def teach_in_pod(config: Config, workspace: Workspace, process: Process) -> None
     with others_wait(process):
         if process.is_main:
             if not note.exists():
-                give_back(
+                return_results(
                     Remote.of_environment(),
                     revision,
-                    Path(),
+                    workspace.root,
                     "teach",
                     {path.name: path for path in sorted(store.iterdir())},
                 )

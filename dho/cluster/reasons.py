@@ -1,15 +1,15 @@
-"""Why a job does not start: read off pods and events, in a user's words.
+"""Why a job does not start: read off its pods and events, in a user's words.
 
-Each function returns lines of the form `reason -> pods`, so that 64 pods with the same trouble are one line.
+`waiting` groups replicas by reason, so that 64 pods with the same trouble are one line.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
-Document = dict[str, Any]
+from dho.cluster.job import Document, JobKind
+
 PULL_ERRORS = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -22,47 +22,41 @@ _PULL_NOISE = re.compile(r"^(Back-off pulling image \"[^\"]*\": ErrImagePull: |B
 
 
 def waiting(
-    job: Document, pods: Iterable[Document], events: Iterable[Document], last_line: Callable[[str, str], str]
+    kind: JobKind,
+    job: Document,
+    pods: Iterable[Document],
+    events: Iterable[Document],
+    last_line: Callable[[str, str], str],
 ) -> dict[str, list[str]]:
     """Reason -> replicas that wait for it, e.g. {"no node fits: ...": ["master-0", "worker-0"]}.
 
     Args:
-        job: the PyTorchJob.
+        kind: of the job.
+        job: as the API server has it.
         pods: its pods.
         events: Warning events of its namespace.
         last_line: called with pod and container, returns the last line of that container's log.
     """
-    found: dict[str, list[str]] = {}
-    mine = list(pods)
-    there = {pod["metadata"]["uid"] for pod in mine}
-    of_pods: dict[str, list[Document]] = {}
-    missing = len(mine) < sum(
-        int(replica.get("replicas", 1)) for replica in job["spec"]["pytorchReplicaSpecs"].values()
-    )
+    reasons: dict[str, list[str]] = {}
+    job_pods = list(pods)
+    uids = {pod["metadata"]["uid"] for pod in job_pods}
+    missing = len(job_pods) < kind.replicas(job)
+    events_of: dict[str, list[Document]] = {}
     for event in sorted(events, key=_when):
-        about = event.get("involvedObject", {})
-        if about.get("uid") in there:
-            of_pods.setdefault(about["uid"], []).append(event)
-        elif (
-            missing
-            and about.get("uid") == job["metadata"]["uid"]
-            and event.get("reason", "").startswith("FailedCreate")
-        ):
-            found.setdefault(_refused(event.get("message", "")), [])
-    # Of several refusals in a row (the quota's numbers change as pods come) the newest says it.
-    for reason in list(found)[:-1]:
-        del found[reason]
-    for pod in mine:
-        for reason in _pod(pod, of_pods.get(pod["metadata"]["uid"], []), last_line):
-            found.setdefault(reason, []).append(replica_of(pod))
+        uid = event.get("involvedObject", {}).get("uid")
+        if uid in uids:
+            events_of.setdefault(uid, []).append(event)
+        elif missing and uid == job["metadata"]["uid"] and event.get("reason", "").startswith("FailedCreate"):
+            reasons.setdefault(_refused(event.get("message", "")), [])
+
+    # Of several refusals in a row (the quota's numbers change as pods come) the newest holds.
+    for reason in list(reasons)[:-1]:
+        del reasons[reason]
+    for pod in job_pods:
+        for reason in _pod(pod, events_of.get(pod["metadata"]["uid"], []), last_line):
+            reasons.setdefault(reason, []).append(kind.replica_of(pod))
             break
-    return found
-
-
-def replica_of(pod: Document) -> str:
-    """`worker-3`"""
-    labels = pod["metadata"].get("labels", {})
-    return f"{labels.get('training.kubeflow.org/replica-type', 'pod')}-{labels.get('training.kubeflow.org/replica-index', '?')}"
+    return reasons
 
 
 def _when(event: Document) -> str:
@@ -79,7 +73,7 @@ def _refused(message: str) -> str:
 
 
 def _pod(pod: Document, events: list[Document], last_line: Callable[[str, str], str]) -> Iterator[str]:
-    """What a pod waits for, the first being what matters."""
+    """Yield what a pod waits for, what matters first."""
     status, name = pod.get("status", {}), pod["metadata"]["name"]
     if pod["metadata"].get("deletionTimestamp") or status.get("phase") in ("Succeeded", "Failed"):
         return
@@ -88,8 +82,8 @@ def _pod(pod: Document, events: list[Document], last_line: Callable[[str, str], 
             if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
                 yield _unscheduled(condition.get("message", ""))
         return
-    initialising = [(one, True) for one in status.get("initContainerStatuses", [])]
-    for container, first in [*initialising, *((one, False) for one in status.get("containerStatuses", []))]:
+    init_containers = [(one, True) for one in status.get("initContainerStatuses", [])]
+    for container, is_init in [*init_containers, *((one, False) for one in status.get("containerStatuses", []))]:
         state, past = container.get("state", {}), container.get("lastState", {}).get("terminated", {})
         blocked = state.get("waiting", {})
         if blocked.get("reason") in PULL_ERRORS:
@@ -102,12 +96,12 @@ def _pod(pod: Document, events: list[Document], last_line: Callable[[str, str], 
         ):
             yield f"container {container['name']} cannot start: {one_line(blocked.get('message', ''))}"
         elif (
-            first
+            is_init
             and (ended := _failed(state.get("terminated", {}) or past))
             and container.get("restartCount", 0) + ("terminated" in state)
         ):
             yield f"init container {container['name']} fails ({ended}): {last_line(name, container['name'])}"
-        elif not first and blocked.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) > 2:
+        elif not is_init and blocked.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) > 2:
             ended = _failed(past) or "exit code 0"
             yield f"container {container['name']} ends again and again ({ended}): {last_line(name, container['name'])}"
     if all("waiting" in one.get("state", {}) for one in status.get("initContainerStatuses", [])):
@@ -124,19 +118,23 @@ def _unscheduled(message: str) -> str:
     if claim:
         return f"PersistentVolumeClaim {claim[1]} is missing"
     if "unbound immediate PersistentVolumeClaims" in text:
-        return "its PersistentVolumeClaim is not bound: no volume of its size, access mode and storage class (`kubectl get pvc,storageclass`)"
+        return (
+            "its PersistentVolumeClaim is not bound: no volume of its size, access mode and storage class "
+            "(`kubectl get pvc,storageclass`)"
+        )
     return f"no node fits: {text.partition(' preemption:')[0]}"
 
 
 def _unmounted(message: str, namespace: str) -> str:
     text = one_line(message)
     if missing := re.search(r'(secret|configmap) "([^"]+)" not found', text):
-        return f"{ {'secret': 'Secret', 'configmap': 'ConfigMap'}[missing[1]] } {missing[2]} is missing in namespace {namespace}"
+        kind = {"secret": "Secret", "configmap": "ConfigMap"}[missing[1]]
+        return f"{kind} {missing[2]} is missing in namespace {namespace}"
     return f"a volume cannot be mounted: {text}"
 
 
 def _pull(blocked: Document, events: list[Document]) -> str:
-    """The registry's answer; a pod that backs off only says that it does, and its events still have it."""
+    """The registry's answer; a pod that backs off only says that it does, while its events still have the answer."""
     texts = [blocked.get("message", "")]
     texts += [
         event["message"]
@@ -157,12 +155,12 @@ def _failed(ended: Document) -> str:
     return f"exit code {ended['exitCode']}" + ("" if why == "Error" else f", {why}")
 
 
-def restarts(before: Document | None, pod: Document) -> str:
-    """How the container `pytorch` of a pod has ended since `before`, if it has: `exit code 137, OOMKilled`."""
+def restarts(before: Document | None, pod: Document, name: str) -> str:
+    """How the container `name` of a pod has ended since `before`, if it has: `exit code 137, OOMKilled`."""
 
     def count(one: Document | None) -> tuple[int, Document]:
         for container in (one or {}).get("status", {}).get("containerStatuses", []):
-            if container["name"] == "pytorch":
+            if container["name"] == name:
                 return container.get("restartCount", 0), container.get("lastState", {}).get("terminated", {})
         return 0, {}
 

@@ -1,13 +1,14 @@
-"""A pinned revision: exactly this data, this store and these parameters, for pods of a cluster; and the way their results come back.
+"""A pinned revision: exactly this data, this store and these parameters, for pods of a cluster; and how results return.
 
-    revision = publish(Path(), "train")                    # `dho publish`: dvc push, then one small file that names all of it
-    fetch(remote, revision, Path("/work"), "train")        # `dho job pull`, in the init container of every pod
-    give_back(remote, revision, Path("/work"), "train", {"student": Path("outputs/train/student"), ...})
+    revision = publish(Path(), "train")               # `dho publish`: dvc push, then one file that names it all
+    fetch(remote, revision, Path("/work"), "train")   # `dho job pull`, in the init container of every pod
+    return_results(remote, revision, Path("/work"), "train", {"student": Path("outputs/train/student")})
     collect(Workspace(), revision, "train")
 
-A revision is the SHA-256 of `params.yaml`, `dvc.yaml` and `dvc.lock` together; the lock names every byte of the data. In the DVC remote
-`<remote>/revisions/<revision>.json` holds the three files and `<remote>/results/<revision>/<stage>.dvc` what a job made from them; the data
-itself, both ways, are DVC's own objects there. `fetch` waits for a server that is down and goes on where it stopped.
+A revision is the SHA-256 of `params.yaml`, `dvc.yaml` and `dvc.lock` together; the lock names every byte of the data.
+In the DVC remote, `<remote>/revisions/<revision>.json` holds the three files and
+`<remote>/results/<revision>/<stage>.dvc` what a job made from them; the data itself, both ways, are DVC's own objects
+there. `fetch` waits for a server that is down, and resumes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from typing import Any
 from dho.core.errors import DataError, RemoteError
 from dho.core.files import write_atomically
 from dho.core.retry import MAX_WAIT_S, retry
-from dho.core.workspace import Workspace
+from dho.core.workspace import FOLDERS, Workspace
+from dho.stages import STAGES
 
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
-NEEDS = {"teach": ("data/prepared", "data/pretrained"), "train": ("data/prepared", "data/teacher")}
-"""Stage that runs on a cluster -> outputs of earlier stages that it reads."""
+REVISION_PATTERN = re.compile(r"[0-9a-f]{64}")
+REMOTE_PATTERN = re.compile(r"s3://[^/]+(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Remote:
     """Address of an S3 server other than AWS."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"s3://[^/]+(/.*)?", self.url):
+        if not REMOTE_PATTERN.fullmatch(self.url):
             raise DataError(f"remote {self.url!r} is not of the form s3://bucket/prefix, which a cluster needs")
 
     @classmethod
@@ -63,7 +65,7 @@ class Remote:
             raise DataError(f"{root.resolve()}: {error}") from error
         if "url" not in settings:
             raise DataError(
-                "no default DVC remote: `dvc remote add --default storage s3://BUCKET/PREFIX`, so that pods can read the data"
+                "no default DVC remote, where pods read the data: `dvc remote add --default storage s3://BUCKET/PREFIX`"
             )
         return cls(settings["url"], settings.get("endpointurl"))
 
@@ -103,6 +105,11 @@ class Remote:
         )
 
 
+def needs(stage: str) -> list[str]:
+    """List the outputs of earlier stages that a stage reads, relative to the project's folder."""
+    return [FOLDERS[name] for name in STAGES[stage].reads]
+
+
 def publish(root: Path, stage: str = "train") -> str:
     """Push what a stage reads, and the revision that names it, to the project's DVC remote.
 
@@ -114,10 +121,10 @@ def publish(root: Path, stage: str = "train") -> str:
         RemoteError: the remote does not answer or refuses.
     """
     remote = Remote.of_project(root)
-    for path in NEEDS[stage]:
+    for path in needs(stage):
         if not (root / path).exists():
             raise DataError(f"{root / path} is missing; run the stages before {stage} (`dvc repro {path}`)")
-    _dvc(root, "push", *NEEDS[stage])
+    _dvc(root, "push", *needs(stage))
     bundle = json.dumps({name: (root / name).read_text(encoding="utf-8") for name in FILES}, sort_keys=True).encode()
     revision = hashlib.sha256(bundle).hexdigest()
     remote.write(f"revisions/{revision}.json", bundle)
@@ -131,7 +138,7 @@ def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: f
         DataError: `revision` is not one, or what the remote holds under its name is something else.
         RemoteError: there is no such revision, the remote refuses, or it did not answer for `patience_s` seconds.
     """
-    if not re.fullmatch(r"[0-9a-f]{64}", revision):
+    if not REVISION_PATTERN.fullmatch(revision):
         raise DataError(f"DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them")
     name = f"revisions/{revision}.json"
     bundle = retry(lambda: remote.read(name), patience_s)
@@ -141,13 +148,17 @@ def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: f
         if file in FILES:
             write_atomically(folder / file, text)
     _without_git(folder, remote, folder / ".dvc/cache")
-    retry(lambda: _dvc(folder, "pull", *NEEDS[stage]), patience_s)
+    retry(lambda: _dvc(folder, "pull", *needs(stage)), patience_s)
 
 
-def give_back(
+def return_results(
     remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = MAX_WAIT_S
 ) -> None:
-    """Put a job's outputs (name -> file or folder) into the remote, and last the file that names them all; raises `RemoteError`."""
+    """Put a job's outputs (name -> file or folder) into the remote, and last the file that names them all.
+
+    Raises:
+        RemoteError: the remote does not answer or refuses.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work = Path(temporary)
         _without_git(work, remote, folder / ".dvc/cache")
@@ -203,7 +214,7 @@ def _result(revision: str, stage: str) -> str:
 
 
 def _without_git(folder: Path, remote: Remote, cache: Path) -> None:
-    """Make `folder` a DVC repository without git whose only remote is `remote` (what is pulled is checked by its hash)."""
+    """Make `folder` a DVC repository without git whose only remote is `remote`; what is pulled is checked by its hash."""
     lines = ["[core]", "analytics = false", "no_scm = true", "remote = storage", "[cache]", f"dir = {cache.resolve()}"]
     lines += ["type = hardlink,copy", "['remote \"storage\"']", f"url = {remote.url}", "verify = true"]
     if remote.endpoint:

@@ -1,8 +1,9 @@
-"""The schema of PyTorchJob, as strict as the API server with `--validate=strict`: a field that it does not know is an error.
+"""The schema of a kind of job, as strict as the API server with `--validate=strict`: an unknown field is an error.
 
-`SCHEMA` is the `openAPIV3Schema` of manifests/base/crds/kubeflow.org_pytorchjobs.yaml of Kubeflow's training operator (Apache-2.0) in the
-version that the name says, without its descriptions; `schema_of_crd` makes it, and tests/cluster/machine compares it with the
-operator's own file.
+A kind's schema is the `openAPIV3Schema` of its operator's CustomResourceDefinition without the descriptions, as gzipped
+JSON; `schema_of_crd` makes it. That of PyTorchJob is from manifests/base/crds/kubeflow.org_pytorchjobs.yaml of
+Kubeflow's training operator (Apache-2.0) in the version that the file's name says; tests/cluster/machine compares it
+with the operator's own file.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import functools
 import gzip
 import json
 from collections.abc import Iterator
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
 
-SCHEMA = "pytorchjob-v1.9.4.json.gz"
 _TYPES = {
     "string": "text in quotes",
     "integer": "a whole number",
@@ -27,9 +27,15 @@ _TYPES = {
 }
 
 
-def schema_problems(job: dict[str, Any]) -> Iterator[str]:
-    """One line for each place of a PyTorchJob that the operator's CRD does not allow."""
-    for error in sorted(_validator().iter_errors(job), key=lambda error: [str(part) for part in error.absolute_path]):
+def schema_problems(job: dict[str, Any], schema: Path) -> Iterator[str]:
+    """Yield one line for each place of a job that its schema does not allow.
+
+    Args:
+        job: the document.
+        schema: gzipped JSON file, as in `dho.cluster.job.JobKind.schema`.
+    """
+    errors = _validator(schema).iter_errors(job)
+    for error in sorted(errors, key=lambda error: [str(key) for key in error.absolute_path]):
         where = dotted(error.absolute_path)
         if error.validator == "additionalProperties":
             known = list(error.schema.get("properties", {}))
@@ -38,7 +44,8 @@ def schema_problems(job: dict[str, Any]) -> Iterator[str]:
                 meant = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)[:200]}"
                 yield f"{where + '.' if where else ''}{name} is an unknown field{meant}"
         elif error.validator == "type":
-            yield f"{where} is {json.dumps(error.instance)[:80]}; expected {_TYPES.get(error.validator_value, error.validator_value)}"
+            expected = _TYPES.get(error.validator_value, error.validator_value)
+            yield f"{where} is {json.dumps(error.instance)[:80]}; expected {expected}"
         elif error.validator == "required":
             missing = [name for name in error.validator_value if name not in error.instance]
             yield f"{where} has no {missing[0]}"
@@ -49,8 +56,8 @@ def schema_problems(job: dict[str, Any]) -> Iterator[str]:
 def dotted(path: Any) -> str:
     """`spec.containers[0].name`"""
     text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
     return text
 
 
@@ -72,20 +79,19 @@ def _without_descriptions(node: Any) -> Any:
 
 
 @functools.cache
-def _validator() -> Draft202012Validator:
-    packed = (resources.files("dho.cluster") / SCHEMA).read_bytes()
-    return Draft202012Validator(_strict(json.loads(gzip.decompress(packed))))
+def _validator(schema: Path) -> Draft202012Validator:
+    return Draft202012Validator(_strict(json.loads(gzip.decompress(schema.read_bytes()))))
 
 
 def _strict(node: Any) -> Any:
-    """Objects whose properties the CRD lists may have no others. Only metadata of the job itself is the API server's own."""
+    """Forbid other properties where the CRD lists some; it lists none of the job's metadata, the API server's own."""
     if isinstance(node, dict):
-        made = {key: _strict(value) for key, value in node.items()}
+        strict = {key: _strict(value) for key, value in node.items()}
         if (
-            isinstance(made.get("properties"), dict)
-            and made.get("type") == "object"
-            and not made.get("x-kubernetes-preserve-unknown-fields")
+            isinstance(strict.get("properties"), dict)
+            and strict.get("type") == "object"
+            and not strict.get("x-kubernetes-preserve-unknown-fields")
         ):
-            made.setdefault("additionalProperties", False)
-        return made
+            strict.setdefault("additionalProperties", False)
+        return strict
     return [_strict(value) for value in node] if isinstance(node, list) else node

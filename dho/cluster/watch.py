@@ -1,7 +1,8 @@
 """Streams of the API server that outlive it: what changes about a job, and a container's log, put into one queue.
 
-A stream is one request that stays open; nothing is asked again and again. When it breaks (the API server restarts, a connection dies) the
-objects are listed once, so that nothing that happened meanwhile is missed, and watched from there; waits between attempts grow to 5 s.
+A stream is one request that stays open, so nothing is polled. When it breaks (the API server restarts, a connection
+dies) the objects are listed once, so that nothing that happened meanwhile is missed, and watched from there; waits
+between attempts grow to `MAX_WAIT_S`.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dho.cluster.api import CONNECT_S, CONTAINER, Cluster, reason, said
+from dho.cluster.api import MAX_CONNECT_S, Cluster, cause_of, message_of
 
 WATCH_S = 120
 """Seconds after which a watch is renewed, so that a connection that died unnoticed is found."""
-LONGEST_WAIT_S = 5.0
+MAX_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
 class News:
-    """One thing that a stream has to tell."""
+    """One thing that a stream reports."""
 
-    source: str
+    stream: str
     """job, pods, events or log"""
     what: str
-    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None), NEVER (why: this
-    user may not see it), BROKEN (an exception that is a defect)"""
+    """SYNC (`value`: all objects there are), ADDED, MODIFIED, DELETED (an object), LINE (text), DOWN (why), UP (None),
+    NEVER (why: this user may not see it), BROKEN (an exception that is a defect)"""
     value: Any = None
 
 
 class Streams:
-    """Background threads that follow a job; what they find is in `news`.
+    """Background threads that follow a job and put what they find into `news`.
 
     Args:
         cluster: where the job is.
@@ -53,21 +54,21 @@ class Streams:
 
     def start(self) -> None:
         """Watch the job, its pods and the namespace's warnings."""
-        for source in ("job", "pods", "events"):
-            self._in_background(self._watch, source)
+        for stream in ("job", "pods", "events"):
+            self._in_background(self._watch, stream)
 
     def close(self) -> None:
-        """No more news; open requests end with the process."""
+        """Stop the news; open requests end with the process."""
         self._over.set()
 
     def follow_log(self, pod: str, uid: str, container_id: str) -> None:
-        """Put the log of a pod's container `pytorch` into the news, if that is not done yet; a restarted container has another id."""
+        """Put the log of the container that trains into the news, once per id; a restarted container has another id."""
         if self._log_of != container_id:
             self._log_of = container_id
             self._log = self._in_background(self._read_log, pod, uid, container_id)
 
     def log_ended(self, container_id: str) -> None:
-        """That container has ended: once its log has been read there is no more of it."""
+        """Note that a container has ended, so that its log ends where it has been read to its end."""
         self._ended.add(container_id)
 
     def wait_for_log(self, timeout_s: float) -> None:
@@ -86,46 +87,46 @@ class Streams:
         thread.start()
         return thread
 
-    def _watch(self, source: str) -> None:
+    def _watch(self, stream: str) -> None:
         from kubernetes.client import ApiException
         from kubernetes.watch import Watch
         from urllib3.exceptions import HTTPError
 
-        call, arguments = self.cluster.list_and_watch(source, self.name)
+        call, arguments = self.cluster.list_and_watch(stream, self.name)
         version, wait_s = None, 0.0
         while not self._over.is_set():
             try:
                 if version is None:
-                    answer = call(**arguments, _preload_content=False, _request_timeout=(CONNECT_S, 30))
+                    answer = call(**arguments, _preload_content=False, _request_timeout=(MAX_CONNECT_S, 30))
                     listed = json.loads(answer.data)
                     version = listed["metadata"]["resourceVersion"]
-                    self.news.put(News(source, "SYNC", listed["items"]))
-                    self.news.put(News(source, "UP"))
+                    self.news.put(News(stream, "SYNC", listed["items"]))
+                    self.news.put(News(stream, "UP"))
                 options = {
                     "resource_version": version,
                     "timeout_seconds": WATCH_S,
-                    "_request_timeout": (CONNECT_S, WATCH_S + 10),
+                    "_request_timeout": (MAX_CONNECT_S, WATCH_S + 10),
                 }
                 for event in Watch(return_type="object").stream(call, **arguments, **options):
                     version, wait_s = event["object"]["metadata"]["resourceVersion"], 0.0
-                    self.news.put(News(source, event["type"], event["object"]))
+                    self.news.put(News(stream, event["type"], event["object"]))
                 continue
             except ApiException as error:
                 version = None
                 if error.status == 410:  # so old that the server has forgotten it
                     continue
-                if error.status == 403 and source == "events":
-                    self.news.put(News(source, "NEVER", said(error)))
+                if error.status == 403 and stream == "events":
+                    self.news.put(News(stream, "NEVER", message_of(error)))
                     return
-                self.news.put(News(source, "DOWN", f"{error.status}: {said(error)}"))
+                self.news.put(News(stream, "DOWN", f"{error.status}: {message_of(error)}"))
             except (HTTPError, OSError, ValueError) as error:
                 version = None
-                self.news.put(News(source, "DOWN", reason(error)))
-            wait_s = min(max(2 * wait_s, 0.5), LONGEST_WAIT_S)
+                self.news.put(News(stream, "DOWN", cause_of(error)))
+            wait_s = min(max(2 * wait_s, 0.5), MAX_WAIT_S)
             self._over.wait(wait_s)
 
     def _read_log(self, pod: str, uid: str, container_id: str) -> None:
-        """Read to the end; after a break go on behind the last line, which the lines' time stamps tell.
+        """Read to the end; after a break, continue behind the last line, which the lines' time stamps show.
 
         A request names the container, not its id: it may already answer with the log of the next one.
         """
@@ -143,11 +144,11 @@ class Streams:
                     answer = self.cluster.core.read_namespaced_pod_log(
                         pod,
                         self.cluster.namespace,
-                        container=CONTAINER,
+                        container=self.cluster.kind.container,
                         follow=True,
                         timestamps=True,
                         _preload_content=False,
-                        _request_timeout=(CONNECT_S, WATCH_S),
+                        _request_timeout=(MAX_CONNECT_S, WATCH_S),
                         **since,
                     )
                     for line in iter_resp_lines(answer):
@@ -163,5 +164,5 @@ class Streams:
                         return
             if (complete and known_to_have_ended) or self._log_of != container_id:
                 return
-            wait_s = min(max(2 * wait_s, 0.5), LONGEST_WAIT_S)
+            wait_s = min(max(2 * wait_s, 0.5), MAX_WAIT_S)
             self._over.wait(wait_s)

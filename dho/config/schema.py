@@ -10,6 +10,7 @@ from typing import Any
 
 from dho.catalogue import listed
 from dho.catalogue.datasets import DATASETS
+from dho.catalogue.jobs import DEFAULT_KIND, JOB_KINDS
 from dho.catalogue.methods import METHODS
 from dho.catalogue.targets import TARGETS
 from dho.catalogue.teachers import CLASSIFIERS
@@ -299,6 +300,9 @@ class KubernetesConfig:
     """The job that stages `teach` and `train` become where launch.target is kubernetes; the rest of it is in k8s/."""
 
     namespace: str = setting("dho", "Namespace of the job.")
+    kind: str = setting(
+        DEFAULT_KIND, f"Kind of the job: {listed(JOB_KINDS)}; or a class of your own.", names=tuple(JOB_KINDS)
+    )
     nodes: int = setting(2, "Pods, each on a node of its own where there are enough nodes.", low=1)
     gpus: int | None = setting(
         None, "GPUs, and processes, per node; null trains on CPUs with one process per node.", low=1
@@ -307,7 +311,7 @@ class KubernetesConfig:
         None, "Fewest and most nodes with which training continues, as in 1:4; null always needs all of them."
     )
     queue: str | None = setting(None, "Kueue's LocalQueue that admits the job.")
-    image: str | None = setting(None, "Image of the pods; null takes that of k8s/base.")
+    image: str | None = setting(None, "Image of the pods; null takes that of k8s/.")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Stage `evaluate`: choose alpha and beta on val, measure every source on val and test, draw the plots.
+"""Choose alpha and beta on val, measure every source on val and test, draw the plots: stage `evaluate`.
 
     dho evaluate
 
-Reads the head outputs that training saved and the teacher store; runs neither student nor teacher, so another grid takes seconds.
+Reads the head outputs that training saved and the teacher store; runs neither student nor teacher, so another grid
+takes seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.evaluation import plots
 from dho.evaluation.head_outputs import HeadOutputs
-from dho.evaluation.metrics import confusion, measure, per_class, reliability, sources
+from dho.evaluation.metrics import COMBINED, confusion, measure, per_class, reliability, sources, table
 from dho.evaluation.tuning import search
 from dho.student.saved import load_student
 from dho.teacher.classifier import open_classifier
@@ -30,18 +31,22 @@ from dho.tracking.run import Tracker
 
 
 def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
-    """Write `metrics.json` and `plots/` to `workspace.evaluated`, record them in the run that trained the student, and return the metrics.
+    """Write `metrics.json` and `plots/` to `workspace.evaluated`, and record them in the run that trained the student.
 
     Args:
         config: the grid and the bins.
         workspace: `prepared`, `teacher` and `trained` are read, `evaluated` is written.
+
+    Returns:
+        The content of `metrics.json`: alpha, beta, and {split: {source: {metric: number}}} for val and test; a source
+        on test also has `per_class`, {class name: accuracy, or None where the class has no test images}.
 
     Raises:
         DataError: there is no trained student.
         StoreMismatch: the store is not of this data.
         TrackingError: MLflow cannot be reached.
     """
-    _, card = load_student(workspace.student)
+    _, info = load_student(workspace.student)
     index = Index.load(workspace.prepared)
     store = TeacherStore.open(workspace.teacher, index, config)
     classifier = open_classifier(config.teacher.classifier, store)
@@ -57,13 +62,13 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
         for source, probabilities in sources(heads, best.alpha, best.beta, teacher_logits).items():
             metrics[split][source] = measure(probabilities, heads.labels, bins)
             if split == "test":
-                metrics[split][source]["per_class"] = per_class(probabilities, heads.labels, card.class_names)
+                metrics[split][source]["per_class"] = per_class(probabilities, heads.labels, info.class_names)
                 reliabilities[source] = reliability(probabilities, heads.labels, bins)
-                if source == "combined":
+                if source == COMBINED:
                     guesses, counts = probabilities.argmax(1), confusion(probabilities, heads.labels)
-    write_atomically(workspace.metrics, json.dumps(metrics, indent=2) + "\n")
 
-    names = card.class_names
+    write_atomically(workspace.metrics, json.dumps(metrics, indent=2) + "\n")
+    names = info.class_names
     _write_csv(
         workspace.plots / "confusion.csv",
         [{"actual": names[t], "predicted": names[g]} for t, g in zip(heads.labels, guesses, strict=True)],
@@ -79,7 +84,7 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
     with workspace.history.open(newline="") as file:
         plots.curves(workspace.plots / "curves.png", list(csv.DictReader(file)))
 
-    with Tracker.open(config.tracking, workspace.unsent, run_id=card.run_id) as tracker:
+    with Tracker.open(config.tracking, workspace.unsent, run_id=info.run_id) as tracker:
         flat = {
             # val/* are the curves of training, at a fixed alpha and beta.
             f"{'val_tuned' if split == 'val' else split}/{source}/{metric}": value
@@ -88,22 +93,11 @@ def evaluate(config: Config, workspace: Workspace) -> dict[str, Any]:
             for metric, value in values.items()
             if isinstance(value, float) and np.isfinite(value)
         }
-        tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=card.steps)
+        tracker.log_metrics(flat | {"combined/alpha": best.alpha, "combined/beta": best.beta}, step=info.steps)
         tracker.log_artifacts(workspace.evaluated, "evaluate")
         tracker.log_artifacts(workspace.history, "train")
     print_results(metrics)
     return metrics
-
-
-def table(metrics: dict[str, Any], split: str = "test") -> list[tuple[str, str, str, str, str]]:
-    """Rows (source, top-1, top-5, NLL, ECE) as text, for people."""
-    names = {"teacher": "teacher, zero-shot", "ce_head": "CE head", "kd_head": "KD head"}
-    names["combined"] = f"combined (alpha {metrics['alpha']:g}, beta {metrics['beta']:g})"
-    return [
-        (name, f"{100 * m['top1']:.2f} %", f"{100 * m['top5']:.2f} %", f"{m['nll']:.3f}", f"{m['ece']:.3f}")
-        for source, name in names.items()
-        if (m := metrics[split].get(source)) is not None
-    ]
 
 
 def print_results(metrics: dict[str, Any]) -> None:
@@ -111,8 +105,9 @@ def print_results(metrics: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    results = Table("test", "top-1", "top-5", "NLL", "ECE")
-    for row in table(metrics):
+    columns, rows = table(metrics)
+    results = Table(*columns)
+    for row in rows:
         results.add_row(*row)
     Console().print(results)
 

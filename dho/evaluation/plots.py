@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, as PNG files for DVC and MLflow."""
+"""Draw an evaluation, as PNG files for DVC and MLflow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _figure(path: Path, width: float = 5.5, height: float = 4.5) -> Iterator[Any
 
 
 def surface(path: Path, points: list[Point], best: Point) -> None:
-    """Top-1 on val over alpha and beta, the chosen pair marked."""
+    """Draw top-1 on val over alpha and beta, with the chosen pair marked."""
     alphas, betas = sorted({point.alpha for point in points}), sorted({point.beta for point in points})
     values = np.full((len(betas), len(alphas)), np.nan)
     for point in points:
@@ -48,7 +48,11 @@ def surface(path: Path, points: list[Point], best: Point) -> None:
 
 
 def confusion(path: Path, counts: npt.NDArray[np.int64], class_names: list[str]) -> None:
-    """Confusion matrix of the combined student on test, shares of the true class."""
+    """Draw the confusion matrix of the combined student on test, as shares of the true class.
+
+    Args:
+        counts: int64 [true class, predicted class].
+    """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(5.0, min(0.5 * len(class_names), 14.0))
     with _figure(path, width=side + 1, height=side) as axes:
@@ -74,7 +78,11 @@ def confusion(path: Path, counts: npt.NDArray[np.int64], class_names: list[str])
 
 
 def reliability(path: Path, bins: dict[str, list[dict[str, float]]]) -> None:
-    """Accuracy against confidence on test, one line a source."""
+    """Draw accuracy against confidence on test, one line per source.
+
+    Args:
+        bins: source -> what `dho.evaluation.metrics.reliability` returns.
+    """
     with _figure(path) as axes:
         axes.plot([0, 1], [0, 1], "k--", linewidth=0.8)
         for source, points in bins.items():
@@ -90,7 +98,11 @@ def reliability(path: Path, bins: dict[str, list[dict[str, float]]]) -> None:
 
 
 def curves(path: Path, history: list[dict[str, str]]) -> None:
-    """Top-1 on val of both heads and of their combination, by epoch."""
+    """Draw top-1 on val of every source that training measures, by epoch.
+
+    Args:
+        history: rows of `history.csv`.
+    """
     with _figure(path) as axes:
         for column in history[0]:
             if column.endswith("_top1"):

@@ -1,6 +1,7 @@
 """Label a folder of images with a registered model, into a parquet file.
 
-score(config.tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
+from dho.config import load
+batch_predict(load("params.yaml").tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from dho.tracking.server import one_line, tracking_uri
 BATCH = 256
 
 
-def score(tracking: TrackingConfig, uri: str, places: list[Path], out: Path, top: int = 3) -> tuple[int, int]:
-    """Write one row an image: path, label, probability, top_labels, top_probabilities, error (why it cannot be read), model (its version).
+def batch_predict(tracking: TrackingConfig, uri: str, places: list[Path], out: Path, top: int = 3) -> tuple[int, int]:
+    """Write one row per image to a parquet file, labelled by a registered model.
+
+    Columns: path, label, probability, top_labels, top_probabilities, error (why the image cannot be read), model (its
+    version).
 
     Args:
-        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`; an alias is resolved once, so that all rows are of one version.
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`; an alias is resolved once, so that all rows are of one
+            version.
         places: image files, and folders that are searched for them.
         out: parquet file, whole or not at all.
-        top: labels an image.
+        top: labels per image.
 
     Returns:
-        Numbers of images answered and of images that cannot be read.
+        The number of images that were answered, and of those that cannot be read.
 
     Raises:
-        DataError: no image there, or the address of the model has another form.
+        DataError: there is no image, or the address of the model has another form.
         TrackingError: MLflow cannot be reached, or has no such version.
     """
     files = [file for place in places for file in _images(place)]
@@ -42,8 +47,9 @@ def score(tracking: TrackingConfig, uri: str, places: list[Path], out: Path, top
         raise DataError(f"{', '.join(map(str, places))}: no image here ({', '.join(sorted(SUFFIXES))})")
     _, version = resolve(tracking, uri)
     exact = f"models:/{version.name}/{version.version}"
+
     tables = []
-    with one_line(tracking_uri(tracking), f"cannot give {exact}"), open_package(exact) as package, bar() as shown:
+    with one_line(tracking_uri(tracking), f"cannot load {exact}"), open_package(exact) as package, bar() as shown:
         task = shown.add_task("predict", total=len(files), note="")
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
@@ -51,13 +57,14 @@ def score(tracking: TrackingConfig, uri: str, places: list[Path], out: Path, top
             answers.insert(0, "path", [str(file) for file in batch])
             tables.append(answers)
             shown.advance(task, len(batch))
+
     table = pd.concat(tables, ignore_index=True)
     table["probability"] = pd.to_numeric(table["probability"])
     table["model"] = exact
     with replacing(out) as temporary:
         table.to_parquet(temporary, index=False)
-    bad = int(table["error"].notna().sum())
-    return len(table) - bad, bad
+    unreadable = int(table["error"].notna().sum())
+    return len(table) - unreadable, unreadable
 
 
 def _images(place: Path) -> list[Path]:

@@ -1,8 +1,10 @@
-"""What a registered package answers on the test set, how large it is and how long it takes: the evidence that promotion goes by.
+"""Measure a package: its answers on the test set, its size and its speed, which promotion decides by.
 
-    package = open_package(folder)
-    evidence = measure_test(package, TestSet.of(Index.load(prepared)), class_names)
-    speed = measure_speed(folder, images)
+    from pathlib import Path
+    folder, test = Path("package"), TestSet.of(Index.load(Path("data/prepared")))
+    with open_package(folder) as package:
+        evidence = measure_test(package, test)
+    speed = measure_speed(folder, [test.index.read(0)])
 
 The package is loaded as a downstream team loads it, so decoding, resizing and mixing are measured with the network.
 """
@@ -28,11 +30,12 @@ from dho.config import digest
 from dho.core.errors import DataError
 from dho.core.files import replacing, sha256_file
 from dho.data.index import Index
+from dho.evaluation.metrics import measure
 
 CODE = Path(__file__).parents[1] / "runtime"
 BATCH = 256
 SECONDS = 1.0
-"""Time for each setting of `measure_speed`."""
+"""Time for each setting of `measure_speed`, seconds."""
 ADDED_ON_DOWNLOAD = ("registered_model_meta",)
 """Files that MLflow adds when it downloads a version."""
 
@@ -42,8 +45,9 @@ class TestSet:
     """The labelled test images of a prepared data set.
 
     Attributes:
-        fingerprint: SHA-256 (hex) over class names and every image's digest and label: the same for two data sets that differ in
-            anything but their test images.
+        rows: of the index, int64 [images].
+        fingerprint: SHA-256 (hex) over class names and every image's digest and label: the same for two data sets that
+            differ in anything but their test images.
     """
 
     __test__ = False  # not a test, whatever pytest makes of the name
@@ -54,7 +58,7 @@ class TestSet:
 
     @classmethod
     def of(cls, index: Index) -> TestSet:
-        """The test set of an index; raises `DataError` where it has no test images."""
+        """Take the test images of an index; raises `DataError` where it has no test images."""
         rows = index.rows("test")
         if not len(rows):
             raise DataError(f"{index.folder}: there are no test images, so nothing can be measured")
@@ -71,14 +75,14 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One package's answers on one test set."""
+    """One package's answers on one test set; labels and guesses are int64 [images]."""
 
     fingerprint: str
     class_names: list[str]
     labels: npt.NDArray[np.int64]
     guesses: npt.NDArray[np.int64]
     metrics: dict[str, float]
-    """top1, top5, nll, ece."""
+    """Of `dho.evaluation.metrics.METRICS`, by name."""
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -93,7 +97,7 @@ class Evidence:
         return {name: float(right.mean()) for name, right in present if len(right)}
 
     def save(self, path: Path, keys: npt.NDArray[np.str_]) -> None:
-        """Write one row an image (key, label, guess) as parquet."""
+        """Write one row per image (key, label, guess) as parquet; keys are text [images]."""
         names = np.asarray(self.class_names, dtype=object)
         table = pd.DataFrame({"key": keys, "label": names[self.labels], "guess": names[self.guesses]})
         with replacing(path) as temporary:
@@ -113,7 +117,7 @@ class Evidence:
 
 @contextlib.contextmanager
 def serving_imports() -> Iterator[None]:
-    """`import dho_runtime` finds the file beside the model's code, as downstream; what MLflow adds to sys.path goes again after."""
+    """Let `import dho_runtime` find the file beside the model's code, as downstream; then restore sys.path."""
     before = list(sys.path)
     sys.path.insert(0, str(CODE))
     try:
@@ -125,7 +129,7 @@ def serving_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_package(folder: Path | str, threads: int = 0) -> Iterator[Any]:
-    """A package (folder or MLflow address) loaded as downstream, on so many ONNX Runtime threads (0: all cores)."""
+    """Load a package (folder or MLflow address) as downstream does, on that many ONNX Runtime threads (0: all)."""
     before = os.environ.get("DHO_THREADS")
     os.environ["DHO_THREADS"] = str(threads)
     try:
@@ -139,11 +143,7 @@ def open_package(folder: Path | str, threads: int = 0) -> Iterator[Any]:
 
 
 def measure_test(package: Any, test: TestSet, ece_bins: int = 15) -> Evidence:
-    """Every test image through the package; raises `DataError` when the package knows other classes than the test set has."""
-    from dho.evaluation.metrics import (
-        measure,
-    )  # it brings torch, which nobody needs who only reads or judges what was measured
-
+    """Put every test image through a package; raises `DataError` when it knows other classes than the test set has."""
     names = test.index.class_names
     numbers = {name: number for number, name in enumerate(names)}
     known = package.metadata.metadata["class_names"]
@@ -165,13 +165,16 @@ def measure_test(package: Any, test: TestSet, ece_bins: int = 15) -> Evidence:
 
 
 def measure_speed(folder: Path, images: list[bytes]) -> dict[str, float]:
-    """Milliseconds from encoded images to the answer: `batch<n>/threads<n>/p50` and `/p99`, for 1 and 32 images, 1 and 2 threads.
+    """Time a package from encoded images to the answer, for 1 and 32 images on 1 and 2 threads.
 
     Args:
         folder: the package.
-        images: encoded images, taken in turn; at least 10 calls a setting, and at most 300 or `SECONDS`.
+        images: encoded images, taken in turn; at least 10 calls per setting, and at most 300 or `SECONDS`.
+
+    Returns:
+        Milliseconds: `batch<n>/threads<n>/p50` and `/p99`.
     """
-    found = {}
+    speed = {}
     for threads in (1, 2):
         with open_package(folder, threads) as package:
             for batch in (1, 32):
@@ -181,29 +184,31 @@ def measure_speed(folder: Path, images: list[bytes]) -> dict[str, float]:
                 ]
                 for table in tables[:3]:
                     package.predict(table)
-                taken: list[float] = []
+                times: list[float] = []
                 end = time.perf_counter() + SECONDS
-                while len(taken) < 10 or (time.perf_counter() < end and len(taken) < 300):
+                while len(times) < 10 or (time.perf_counter() < end and len(times) < 300):
                     start_s = time.perf_counter()
-                    package.predict(tables[len(taken) % len(tables)])
-                    taken.append(1000 * (time.perf_counter() - start_s))
+                    package.predict(tables[len(times) % len(tables)])
+                    times.append(1000 * (time.perf_counter() - start_s))
                 for quantile in (50, 99):
-                    found[f"batch{batch}/threads{threads}/p{quantile}"] = round(
-                        float(np.percentile(taken, quantile)), 3
-                    )
-    return found
+                    value = float(np.percentile(times, quantile))
+                    speed[f"batch{batch}/threads{threads}/p{quantile}"] = round(value, 3)
+    return speed
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the path and content of every file of a package, as uploaded."""
+    """Return the SHA-256 (hex) over the path and content of every file of a package, as uploaded."""
     return digest({path.relative_to(folder).as_posix(): sha256_file(path) for path in package_files(folder)})
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of a package, bytes."""
+    """Return the size of a package, bytes."""
     return sum(path.stat().st_size for path in package_files(folder))
 
 
 def package_files(folder: Path) -> list[Path]:
-    """The files of a package that has not been loaded yet (Python would add compiled code), without what MLflow adds on download."""
+    """List the files of a package, without what MLflow adds on download.
+
+    Call it before the package is loaded, which leaves compiled code in it.
+    """
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ADDED_ON_DOWNLOAD)

@@ -1,4 +1,4 @@
-"""Where a registered version comes from, as tags of the version and as files in its package, and the commands that make it again.
+"""Record where a version comes from, as its tags and as files in its package, and how to make it again.
 
 dho lineage models:/dho-student@champion
 """
@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import yaml
 from dho.config import TrackingConfig
 from dho.core.errors import DataError
 from dho.core.files import sha256_file, write_atomically
+from dho.core.workspace import FOLDERS, Workspace
 from dho.tracking.server import connect, one_line, tracking_uri
 
 if TYPE_CHECKING:
@@ -45,51 +45,38 @@ KEPT = ("params.yaml", "dvc.yaml", "dvc.lock")
 """Files of the repository that travel in the package."""
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Folders that a version's evidence and lineage are read from."""
-
-    prepared: Path
-    store: Path
-    plots: Path
-    """The plots of stage `evaluate`."""
-    root: Path = Path()
-    """The repository: `params.yaml`, `dvc.yaml`, `dvc.lock`."""
-
-
-def gather(card: StudentCard, run: Run, alpha: float, beta: float, sources: Sources | None) -> dict[str, str]:
-    """All that made a student, by the name of its tag: commit, data, teacher, store, seeds, recipe, machine, software.
+def gather(info: StudentCard, run: Run, alpha: float, beta: float, workspace: Workspace) -> dict[str, str]:
+    """Gather what made a student, by the name of its tag: commit, data, teacher, seeds, recipe, machine, software.
 
     Args:
-        card, run: the student's and its training's.
+        info, run: the student's and its training's.
         alpha, beta: as tuned.
-        sources: None where only the student is at hand; `dvc.lock` and the teacher's weights are then left out.
+        workspace: `dvc.lock` and the meta of the teacher store are read, where they are there.
     """
+    # It brings torch, which nobody needs who only reads what made a version.
+    from dho.teacher.store import read_meta
+
     params, tags = run.data.params, run.data.tags
     facts = {
-        "method": card.method,
-        "heads": ",".join(card.heads),
+        "method": info.method,
+        "heads": ",".join(info.heads),
         "alpha": f"{alpha:g}",
         "beta": f"{beta:g}",
-        "steps": str(card.steps),
+        "steps": str(info.steps),
     }
     for new, old in (("git.commit", "mlflow.source.git.commit"), ("git.dirty", "git.dirty"), ("hardware", "hardware")):
         if old in tags:
             facts[new] = tags[old]
     facts |= {key: value for key, value in tags.items() if key.startswith("version.")}
-    facts |= {f"fingerprint.{name}": value for name, value in card.fingerprints.items()}
+    facts |= {f"fingerprint.{name}": value for name, value in info.fingerprints.items()}
     facts |= {key: params[key] for key in (*SEEDS, *RECIPE, *TEACHER) if key in params}
-    if sources is not None:
-        from dho.teacher.store import (
-            read_meta,
-        )  # it brings torch, which nobody needs who only reads what made a version
 
-        meta = read_meta(sources.store)
-        if meta is not None and "weights_sha256" in meta["teacher"]:
-            facts["teacher.weights_sha256"] = meta["teacher"]["weights_sha256"]
-        if (lock := sources.root / "dvc.lock").is_file():
-            facts["dvc.lock.sha256"] = sha256_file(lock)
-            facts |= {f"dvc.{path}": md5 for path, md5 in _revisions(lock).items()}
+    meta = read_meta(workspace.teacher)
+    if meta is not None and "weights_sha256" in meta["teacher"]:
+        facts["teacher.weights_sha256"] = meta["teacher"]["weights_sha256"]
+    if (lock := workspace.root / "dvc.lock").is_file():
+        facts["dvc.lock.sha256"] = sha256_file(lock)
+        facts |= {f"dvc.{path}": md5 for path, md5 in _revisions(lock).items()}
     return facts
 
 
@@ -99,19 +86,19 @@ def _revisions(lock: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
 
 
-def write_lineage(folder: Path, facts: dict[str, str], run: Run, sources: Sources | None) -> None:
-    """Write `lineage.json` (facts and every parameter of the training) and copies of the files that `dvc repro` needs to `folder`."""
+def write_lineage(folder: Path, facts: dict[str, str], run: Run, workspace: Workspace) -> None:
+    """Write `lineage.json` (facts and every parameter of the training) and copies of the files `dvc repro` needs."""
     write_atomically(
         folder / "lineage.json",
         json.dumps({"facts": facts, "params": run.data.params}, indent=2, sort_keys=True) + "\n",
     )
-    for name in KEPT if sources is not None else ():
-        if (file := sources.root / name).is_file():  # type: ignore[union-attr]
+    for name in KEPT:
+        if (file := workspace.root / name).is_file():
             shutil.copyfile(file, folder / name)
 
 
 def resolve(config: TrackingConfig, uri: str) -> tuple[Any, Any]:
-    """The client, and the version that `models:/<name>@<alias>` or `models:/<name>/<version>` names.
+    """Return the client, and the version that `models:/<name>@<alias>` or `models:/<name>/<version>` names.
 
     Raises:
         DataError: the address has another form.
@@ -119,17 +106,17 @@ def resolve(config: TrackingConfig, uri: str) -> tuple[Any, Any]:
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if match is None:
-        raise DataError(f"{uri!r} is no model; expected models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise DataError(f"{uri!r} is not a model's address; expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
     client = connect(config)
-    with one_line(tracking_uri(config), f"has no {uri}", "dho registry lists what there is"):
+    with one_line(tracking_uri(config), f"has no {uri}", "`dho registry` lists what there is"):
         return client, client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(
             name, number
         )
 
 
 def lineage(config: TrackingConfig, uri: str) -> tuple[dict[str, str], list[str]]:
-    """What made a version, and the commands that make it again; raises as `resolve`."""
+    """Return what made a version, and the commands that make it again; raises as `resolve`."""
     _, version = resolve(config, uri)
     facts = {
         "model": version.name,
@@ -141,7 +128,7 @@ def lineage(config: TrackingConfig, uri: str) -> tuple[dict[str, str], list[str]
 
 
 def commands(name: str, version: str, tags: dict[str, str]) -> list[str]:
-    """Shell lines that make a version again in a clone of the repository; lines with # say what they cannot bring back."""
+    """Return the shell lines that make a version again in a clone; lines with # say what they cannot restore."""
     lines = []
     commit = tags.get("git.commit")
     lines.append(f"git checkout {shlex.quote(commit)}" if commit else "# no commit is known: the code may differ")
@@ -149,7 +136,7 @@ def commands(name: str, version: str, tags: dict[str, str]) -> list[str]:
         lines.append("# the working tree differed from this commit: the code may differ")
     lines.append(f"mlflow artifacts download -u models:/{name}/{version} -d version-{version}")
     lines.append(f"cp version-{version}/artifacts/lineage/params.yaml version-{version}/artifacts/lineage/dvc.lock .")
-    if "dvc.data/prepared" in tags:
-        lines.append("dvc pull data/prepared data/teacher || dvc repro teach")
+    if f"dvc.{FOLDERS['prepared']}" in tags:
+        lines.append(f"dvc pull {FOLDERS['prepared']} {FOLDERS['teacher']} || dvc repro teach")
     lines.append("dvc repro register")
     return lines

@@ -1,4 +1,4 @@
-"""What is in the model registry, for people: versions, aliases, metrics, and the story of promotions.
+"""List what is in the model registry, for people: versions, aliases, metrics, and the story of promotions.
 
 dho registry
 """
@@ -9,21 +9,26 @@ import datetime
 from typing import Any
 
 from dho.config import Config
+from dho.evaluation.metrics import COMBINED, METRICS, SOURCES
 from dho.registry.promote import history
 from dho.tracking.server import connect, one_line, tracking_uri
 
-METRICS = ("test/combined/top1", "test/combined/ece", "test/ce_head/top1", "test/kd_head/top1", "test/teacher/top1")
+RESULTS = (
+    *(f"{COMBINED}/{metric.name}" for metric in METRICS),
+    *(f"{source.name}/{METRICS[0].name}" for source in SOURCES if source.name != COMBINED),
+)
+"""Columns of metrics: all of what a version answers, and the first one of what it is compared with."""
 SPEED = "latency_ms/batch1/threads1/p99"
 
 
 def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
-    """Column names, a row a version (newest first), and a line a change of alias (oldest first).
+    """Return column names, one row per version (newest first), and one line per change of an alias (oldest first).
 
     Raises:
         TrackingError: MLflow cannot be reached or refuses, or has no such registered model.
     """
     client, name = connect(config.tracking), config.registry.name
-    with one_line(tracking_uri(config.tracking), f"cannot list {name}", "dho register makes it"):
+    with one_line(tracking_uri(config.tracking), f"cannot list {name}", "`dho register` makes it"):
         model = client.get_registered_model(name)
         versions: list[Any] = []
         token = None
@@ -32,22 +37,23 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
             versions += page
             token = page.token or ""
         story = history(client, name)
+
     columns = [
         "version",
         "aliases",
         "method",
         "precision",
-        *(key.removeprefix("test/") for key in METRICS),
+        *RESULTS,
         "p99 ms",
         "MB",
         "made",
         "run",
     ]
+
     rows = []
     for version in sorted(versions, key=lambda version: -int(version.version)):
         tags = version.tags
         aliases = sorted(alias for alias, number in model.aliases.items() if str(number) == str(version.version))
-        made = _date(version.creation_timestamp)
         size = f"{int(tags['artifact.bytes']) / 1e6:.1f}" if "artifact.bytes" in tags else ""
         status = "" if version.status == "READY" else f" ({version.status})"
         cells = [
@@ -55,9 +61,9 @@ def listing(config: Config) -> tuple[list[str], list[list[str]], list[str]]:
             ", ".join(aliases),
             tags.get("method", ""),
             tags.get("precision", ""),
-            *(tags.get(key, "") for key in METRICS),
+            *(tags.get(f"test/{key}", "") for key in RESULTS),
         ]
-        rows.append([*cells, tags.get(SPEED, ""), size, made, (version.run_id or "")[:8]])
+        rows.append([*cells, tags.get(SPEED, ""), size, _date(version.creation_timestamp), (version.run_id or "")[:8]])
     return columns, rows, [_sentence(entry) for entry in story]
 
 

@@ -1,4 +1,4 @@
-"""The model card of a registered version: Markdown with plots, in its package and (shortened) as the version's description."""
+"""Write the model card of a version: Markdown with plots in its package, and shortened as the version's description."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from dho.config import RegistryConfig
 from dho.core.files import write_atomically
-from dho.evaluation.evaluate import table
+from dho.evaluation.metrics import METRICS, table
 from dho.registry.evidence import Evidence
-from dho.student.saved import StudentCard
+from dho.registry.package import Trained
 
 PLOTS = {
     "confusion.png": "Confusion matrix, test",
@@ -19,64 +19,78 @@ PLOTS = {
     "surface.png": "alpha and beta on val",
     "curves.png": "Both heads while training",
 }
-DESCRIPTION_LENGTH = 5000
+MAX_DESCRIPTION = 5000
 """Characters that MLflow's SQL store takes."""
 WORST = 5
+"""Classes that the card names as the worst."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a card speaks of."""
+class ModelCard:
+    """What a card speaks of.
+
+    Attributes:
+        registry: intended use, licences, precision.
+        facts: what made the version, by the name of its tag.
+        evidence: None where the package was not measured on test.
+        dataset: content of `dataset.json`; empty where the data are not at hand.
+        speed: milliseconds, as `dho.registry.evidence.measure_speed` returns them.
+        network_bytes: size of the ONNX file.
+    """
 
     registry: RegistryConfig
-    student: StudentCard
+    trained: Trained
     facts: dict[str, str]
-    metrics: dict[str, Any]
-    """Content of `metrics.json`."""
     evidence: Evidence | None
     dataset: dict[str, Any]
-    """Content of `dataset.json`; empty where the data are not at hand."""
     speed: dict[str, float]
-    onnx_bytes: int
+    network_bytes: int
 
 
-def write_card(folder: Path, subject: Subject, plots: Path | None) -> str:
-    """Write `model_card.md` and its plots to `folder`; returns the version's description."""
+def write_card(folder: Path, card: ModelCard, plots: Path) -> str:
+    """Write `model_card.md` and a copy of those plots that exist.
+
+    Args:
+        folder: receives them.
+        plots: folder of the plots of stage `evaluate`.
+
+    Returns:
+        The version's description: the card without plots, shortened to what MLflow takes.
+    """
     pictures = []
     for name, title in PLOTS.items():
-        if plots is not None and (plots / name).is_file():
+        if (plots / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plots / name, folder / name)
             pictures.append(f"![{title}]({name})")
-    short = _sections(subject, full=False)
-    write_atomically(
-        folder / "model_card.md", "\n\n".join([_sections(subject, full=True), "## Plots", *pictures]) + "\n"
-    )
+
+    short = _sections(card, full=False)
+    write_atomically(folder / "model_card.md", "\n\n".join([_sections(card, full=True), "## Plots", *pictures]) + "\n")
     note = "\n\nThe whole card with its plots is artifact `artifacts/model_card/model_card.md` of this version."
-    return short[: DESCRIPTION_LENGTH - len(note)] + note
+    return short[: MAX_DESCRIPTION - len(note)] + note
 
 
-def _sections(subject: Subject, full: bool) -> str:
-    student, facts = subject.student, subject.facts
-    parts = [
-        f"# {subject.registry.name}: {student.student['model']}, {len(student.class_names)} classes, method {student.method}",
-        f"**Intended use.** {subject.registry.intended_use}",
-        _data(subject),
-        _results(subject),
-        _classes(subject, full),
-        _speed(subject),
-        _limits(subject),
-        _origin(subject),
+def _sections(card: ModelCard, full: bool) -> str:
+    info, facts = card.trained.info, card.facts
+    sections = [
+        f"# {card.registry.name}: {info.student['model']}, {len(info.class_names)} classes, method {info.method}",
+        f"**Intended use.** {card.registry.intended_use}",
+        _data(card),
+        _results(card),
+        _classes(card, full),
+        _speed(card),
+        _limits(card),
+        _origin(card),
     ]
     if full:
-        parts.append("## Lineage\n\n" + "\n".join(f"- `{key}`: {value}" for key, value in sorted(facts.items())))
-    return "\n\n".join(part for part in parts if part)
+        sections.append("## Lineage\n\n" + "\n".join(f"- `{key}`: {value}" for key, value in sorted(facts.items())))
+    return "\n\n".join(section for section in sections if section)
 
 
-def _data(subject: Subject) -> str:
-    data, facts = subject.dataset, subject.facts
+def _data(card: ModelCard) -> str:
+    data, facts = card.dataset, card.facts
     images = ", ".join(f"{count} {split}" for split, count in data.get("images", {}).items())
-    licence = subject.registry.data_licence or data.get("licence") or "not known"
+    licence = card.registry.data_licence or data.get("licence") or "not known"
     name = data.get("name", "data set")
     return (
         f"## Data\n\n{name}" + (f": {images} images. " if images else ". ") + f"Licence: {licence}. "
@@ -84,46 +98,37 @@ def _data(subject: Subject) -> str:
     )
 
 
-def _results(subject: Subject) -> str:
-    head = "## Results on test\n\n| source | top-1 | top-5 | NLL | ECE |\n|---|---|---|---|---|"
-    rows = _rows(subject.metrics)
-    if not rows and subject.evidence is None:
+def _results(card: ModelCard) -> str:
+    trained = card.trained
+    results = {"alpha": trained.alpha, "beta": trained.beta, "test": trained.metrics.get("test") or {}}
+    _, rows = table(results)
+    if not rows and card.evidence is None:
         return ""
-    calibration = ""
-    if subject.evidence is not None:
-        calibration = (
-            f"\n\n**Calibration.** The expected calibration error of what is served is {subject.evidence.metrics['ece']:.3f}: "
-            "probabilities are off by that much on average."
+    titles = [f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in METRICS]
+    lines = [["source", *titles], ["---"] * (1 + len(titles)), *rows]
+    text = "## Results on test\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if card.evidence is None:
+        return text
+
+    served = card.evidence.metrics
+    if card.registry.precision == "int8":
+        numbers = ", ".join(f"{metric.title} {metric.show(served[metric.name])}" for metric in METRICS)
+        text += (
+            "\n\n**int8.** The table is of the trained student. This version computes in 8-bit integers, calibrated on "
+            f"val, and was measured by itself: {numbers}."
         )
-        if subject.registry.precision == "int8":
-            calibration = (
-                "\n\n**int8.** The table is of the trained student. This version computes in 8-bit integers, calibrated on val, and its "
-                f"own top-1 is {100 * subject.evidence.metrics['top1']:.2f} %, its NLL {subject.evidence.metrics['nll']:.3f}.{calibration}"
-            )
-    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)]) + calibration
+    return text + (
+        f"\n\n**Calibration.** The expected calibration error of what is served is {served['ece']:.3f}: "
+        "probabilities are off by that much on average."
+    )
 
 
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    complete = {
-        source: values
-        for source, values in metrics.get("test", {}).items()
-        if isinstance(values, dict) and {"top1", "top5", "nll", "ece"} <= set(values)
-    }
-    return table({"alpha": _tuned(metrics, "alpha"), "beta": _tuned(metrics, "beta"), "test": complete})
-
-
-def _tuned(metrics: dict[str, Any], key: str) -> float:
-    """alpha or beta of `metrics.json`; a single head has 1."""
-    value = metrics.get(key)
-    return 1.0 if value is None else float(value)
-
-
-def _classes(subject: Subject, full: bool) -> str:
-    if subject.evidence is None:
+def _classes(card: ModelCard, full: bool) -> str:
+    if card.evidence is None:
         return ""
-    recalls = sorted(subject.evidence.recalls.items(), key=lambda item: item[1])
+    recalls = sorted(card.evidence.recalls.items(), key=lambda item: item[1])
     worst = "\n".join(
-        f"- {name}: {100 * value:.1f} %, {_taken_for(subject.evidence, name)}" for name, value in recalls[:WORST]
+        f"- {name}: {100 * value:.1f} %, {_taken_for(card.evidence, name)}" for name, value in recalls[:WORST]
     )
     text = f"## Worst classes (share of a class's images that is recognised)\n\n{worst}"
     if full:
@@ -141,8 +146,8 @@ def _taken_for(evidence: Evidence, name: str) -> str:
     return f"most often taken for {evidence.class_names[most]}"
 
 
-def _speed(subject: Subject) -> str:
-    speed = subject.speed
+def _speed(card: ModelCard) -> str:
+    speed = card.speed
     if not speed:
         return ""
     settings = ((batch, threads) for batch in (1, 32) for threads in (1, 2))
@@ -158,27 +163,30 @@ def _speed(subject: Subject) -> str:
         for batch, threads in settings
     ]
     return (
-        f"## Size and speed\n\nThe network is {subject.onnx_bytes / 1e6:.2f} MB. From encoded images to answers, on the machine that "
-        "registered it:\n\n| images a call | threads | p50 | p99 |\n|---|---|---|---|\n" + "\n".join(rows)
+        f"## Size and speed\n\nThe network is {card.network_bytes / 1e6:.2f} MB. From encoded images to "
+        "answers, on the machine that registered it:\n\n| images per call | threads | p50 | p99 |\n|---|---|---|---|\n"
+        + "\n".join(rows)
     )
 
 
-def _limits(subject: Subject) -> str:
-    size = subject.student.student["input_size"]
+def _limits(card: ModelCard) -> str:
+    size = card.trained.info.student["input_size"]
     return (
         "## Limits\n\n"
-        f"- It always answers with one of its {len(subject.student.class_names)} classes, whatever the image shows.\n"
+        f"- It always answers with one of its {len(card.trained.info.class_names)} classes, whatever the image shows.\n"
         f"- It sees the largest square in the middle of an image, at {size} x {size} pixels.\n"
-        "- The measured accuracy holds for images like those of the test set; other cameras, backgrounds or crops were not measured.\n"
+        "- The measured accuracy holds for images like those of the test set; "
+        "other cameras, backgrounds or crops were not measured.\n"
         "- The KD head repeats a teacher that was trained on other data, with that data's mistakes."
     )
 
 
-def _origin(subject: Subject) -> str:
-    facts = subject.facts
-    licence = subject.registry.teacher_licence or "not known; see where its weights come from"
+def _origin(card: ModelCard) -> str:
+    facts = card.facts
+    licence = card.registry.teacher_licence or "not known; see where its weights come from"
     weights = facts.get("teacher.weights_sha256", "not known")[:16]
     return (
-        f"## Teacher and origin\n\nTeacher {facts.get('teacher.model', 'not known')}, weights `{weights}`, licence: {licence}. "
-        f"Commit `{facts.get('git.commit', 'not known')[:12]}`. `dho lineage` prints all of it and the commands that make it again."
+        f"## Teacher and origin\n\nTeacher {facts.get('teacher.model', 'not known')}, weights `{weights}`, "
+        f"licence: {licence}. Commit `{facts.get('git.commit', 'not known')[:12]}`. "
+        "`dho lineage` prints all of it and the commands that make it again."
     )

@@ -1,9 +1,13 @@
-"""The student as one ONNX file: what runs where there is no torch.
+"""Export the student to one ONNX file, which runs where there is no torch.
 
+    from dho.core.workspace import Workspace
+    from dho.student.saved import load_student
+    student, _ = load_student(Workspace().student)
     export_onnx(student, Path("student.onnx"))
 
-Input `images`, float32 [n, 3, size, size], normalised; outputs `ce` and `kd`, float32 [n, classes], the heads the student has. The
-same weights give the same bytes, on whatever path and day, so that a file's SHA-256 can tell whether two packages are the same.
+Input `images`, float32 [n, 3, size, size], normalised; outputs `ce` and `kd`, float32 [n, classes], the heads the
+student has. The same weights give the same bytes, on whatever path and day, so that a file's SHA-256 can tell whether
+two packages are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from dho.student.model import Student
 
 OPSET = 18
 TOLERANCE = 1e-4
-"""Largest allowed difference of a logit, as a share of the largest logit where that is above 1: float32 keeps no more of large ones."""
+"""Largest allowed difference of a logit, as a share of the largest logit where that is above 1, as float32 rounds."""
 
 
 class _Logits(nn.Module):
@@ -40,15 +44,16 @@ class _Logits(nn.Module):
 
 
 def export_onnx(student: Student, path: Path) -> None:
-    """Write a student (left as it is, on any device, in any mode) to one ONNX file and check that it answers like torch.
+    """Write a student to one ONNX file and check that it answers like torch.
 
     Args:
-        student: the student; exported in eval mode.
+        student: on any device and in any mode, and left so; a copy is exported in eval mode.
         path: file to write, weights included; it appears only once the check has passed.
 
     Raises:
         ConfigError: the backbone cannot be exported.
-        DhoError: ONNX Runtime's logits differ from torch's by more than `TOLERANCE` on random images, in batches of 1 or 5.
+        DhoError: ONNX Runtime's logits differ from torch's by more than `TOLERANCE` on random images, in batches of 1
+            or 5.
     """
     module = _Logits(copy.deepcopy(student).cpu()).eval()
     size = student.config.input_size
@@ -70,6 +75,7 @@ def export_onnx(student: Student, path: Path) -> None:
         raise ConfigError(
             f"student.model is {student.config.model!r}, which cannot be exported to ONNX: {reason}"
         ) from error
+
     proto = program.model_proto
     _strip(proto)
     with replacing(path) as temporary:
@@ -77,17 +83,18 @@ def export_onnx(student: Student, path: Path) -> None:
         difference, largest = _compare(module, temporary, size)
         if not difference <= TOLERANCE * max(1.0, largest):
             raise DhoError(
-                f"{path}: ONNX Runtime's logits differ from torch's by {difference:.2g} (logits up to {largest:.2g}, allowed "
-                f"{TOLERANCE * max(1.0, largest):.2g}); student.model {student.config.model!r} cannot be served as it is"
+                f"{path}: ONNX Runtime's logits differ from torch's by {difference:.2g} (logits up to {largest:.2g}, "
+                f"allowed {TOLERANCE * max(1.0, largest):.2g}); student.model {student.config.model!r} cannot be "
+                "served as it is"
             )
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes: source paths and stack traces, which differ between machines and are a quarter of a small file."""
+    """Remove the exporter's notes: code paths and stack traces, which differ between machines."""
     graph = proto.graph
-    for part in (proto, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+    for node in (proto, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
 
 
 @torch.inference_mode()

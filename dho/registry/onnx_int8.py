@@ -1,9 +1,15 @@
-"""The exported student in 8-bit integers: smaller, and on many CPUs faster; what it answers is measured anew, never assumed.
+"""Quantise the exported student to 8-bit integers: smaller, and on many CPUs faster.
 
-    quantise_onnx(Path("student.onnx"), Path("student-int8.onnx"), calibration_batches(index, config.student))
+    from dho.core.workspace import Workspace
+    from dho.student.saved import load_student
+    workspace = Workspace()
+    _, info = load_student(workspace.student)
+    batches = calibration_batches(Index.load(workspace.prepared), info.student)
+    quantise_onnx(Path("student.onnx"), Path("student-int8.onnx"), batches)
 
-Static quantisation (ONNX Runtime, QDQ): weights a channel and activations a tensor, their ranges seen on val images. Those are what alpha
-and beta were tuned on, and no test image is among them.
+What the quantised student answers is measured anew, never assumed. Static quantisation (ONNX Runtime, QDQ): weights per
+channel and activations per tensor, with ranges seen on val images. Those are what alpha and beta were tuned on, and no
+test image is among them.
 """
 
 from __future__ import annotations
@@ -26,31 +32,30 @@ from dho.data.index import Index
 from dho.data.pixels import Pixels
 from dho.runtime import dho_runtime
 
-IMAGES = 512
-"""Most val images that the ranges are taken from; they are spread over the whole split."""
+MAX_IMAGES = 512
+"""Most val images that the ranges are taken from, spread over the whole split."""
 BATCH = 64
 
 Rows = npt.NDArray[np.int64]
 
 
 def seen_by(student: dict[str, Any], index: Index, rows: Rows) -> Iterator[tuple[npt.NDArray[np.float32], Rows]]:
-    """Images as a student sees them, float32 [n, 3, size, size], and their rows; the plain centre view.
+    """Yield images as a student sees them (the centre view), float32 [n, 3, size, size], with their rows, int64 [n].
 
     Args:
         student: `input_size`, `mean`, `std` and `interpolation` (`StudentCard.student`).
         index: of the prepared data.
         rows: of the index, int64 [images].
     """
-    pixels = Pixels(
-        index, ViewsConfig(), student["input_size"], student["interpolation"]
-    )  # of which only the centre view is asked
+    # Only the centre view is asked for, so the settings of the views do not matter.
+    pixels = Pixels(index, ViewsConfig(), student["input_size"], student["interpolation"])
     for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        yield dho_runtime.normalise(pixels.batch(part, None).numpy(), student["mean"], student["std"]), part
+        batch = rows[start : start + BATCH]
+        yield dho_runtime.normalise(pixels.batch(batch, None).numpy(), student["mean"], student["std"]), batch
 
 
 def calibration_batches(index: Index, student: dict[str, Any]) -> Iterator[npt.NDArray[np.float32]]:
-    """Val images as the student sees them, float32 [n, 3, size, size]; arguments as `seen_by`.
+    """Return batches of val images as the student sees them, float32 [n, 3, size, size]; arguments as `seen_by`.
 
     Raises:
         DataError: there are no val images.
@@ -58,7 +63,7 @@ def calibration_batches(index: Index, student: dict[str, Any]) -> Iterator[npt.N
     rows = index.rows("val")
     if not len(rows):
         raise DataError(f"{index.folder}: there are no val images, which int8 (registry.precision) is calibrated on")
-    spread = rows[np.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).round().astype(int)]
+    spread = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).round().astype(int)]
     return (images for images, _ in seen_by(student, index, spread))
 
 
@@ -71,19 +76,24 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]
         return None if images is None else {"images": images}
 
 
-def quantise_onnx(source: Path, target: Path, batches: Iterator[npt.NDArray[np.float32]]) -> None:
-    """Write the int8 form of an exported student, with the same input and outputs; `target` appears whole or not at all.
+def quantise_onnx(network: Path, out: Path, batches: Iterator[npt.NDArray[np.float32]]) -> None:
+    """Write the int8 form of an exported student, with the same input and outputs.
+
+    Args:
+        network: ONNX file in float32.
+        out: file to write, whole or not at all; may be `network`.
+        batches: images to take the ranges from, float32 [n, 3, size, size].
 
     Raises:
         ConfigError: ONNX Runtime cannot quantise this network.
     """
     root = logging.getLogger()
     level = root.level
-    with tempfile.TemporaryDirectory() as temporary, replacing(target) as written:
+    with tempfile.TemporaryDirectory() as temporary, replacing(out) as written:
         prepared = Path(temporary) / "prepared.onnx"
         root.setLevel(logging.ERROR)  # it warns on the root logger of every tensor that it leaves in float32
         try:
-            quant_pre_process(source, prepared)
+            quant_pre_process(network, prepared)
             quantize_static(
                 prepared,
                 written,

@@ -1,15 +1,18 @@
-"""Which version runs in production: promoting a candidate to champion by rules, going back, and the story of both.
+"""Decide which version runs in production: promote a candidate to champion by rules, and roll back.
 
-    decision = promote(config, Path("data/prepared"))
+    from dho.config import load
+    config = load("params.yaml")
+    decision = promote(config, Workspace())
     rollback(config, "answers too slowly")
 
-Aliases and tags only; MLflow's stages are not used. Every change is an entry `audit.<number>` (JSON) among the registered model's tags, and
-the versions say in tags of their own when, from which run, by whom and on what evidence. Only one process at a time changes aliases
-(`dho/registry/lease.py`).
+Aliases and tags only; MLflow's stages are not used. Every change is an entry `audit.<number>` (JSON) among the
+registered model's tags, and the versions say in tags of their own when, from which run, by whom and on what evidence.
+Only one process at a time changes aliases (`dho/registry/lease.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -21,31 +24,44 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from rich.console import Console
+from rich.table import Table
 
 from dho.config import Config
 from dho.core.errors import DhoError
+from dho.core.workspace import Workspace
 from dho.data.index import Index
+from dho.evaluation.metrics import METRICS
+from dho.registry import CANDIDATE, CHAMPION
 from dho.registry.evidence import Evidence, TestSet, folder_bytes, folder_digest, measure_test, open_package
-from dho.registry.lease import Claim, claim
-from dho.registry.rules import Check, Facts, against, floors
+from dho.registry.lease import Lease, lease
+from dho.registry.rules import Check, Performance, against, floors
 from dho.tracking.server import connect, one_line, tracking_uri, who
 
-CHAMPION, CANDIDATE = "champion", "candidate"
 AUDIT = "audit."
 
 
 class PromotionRefused(DhoError):
-    """A change of alias that the rules, or another process, stand against; nothing was changed."""
+    """A change of an alias that another process, or the state of the registry, stands against; nothing was changed."""
 
 
 @dataclass
 class Decision:
-    """What `promote` found and did."""
+    """What `promote` measured and did.
+
+    Attributes:
+        name: the registered model.
+        version: the candidate's number.
+        target: the alias to move.
+        champion: number of the version that had it before; None where there was none.
+        checks: the rules' outcomes.
+        promoted: whether the candidate has the alias now.
+    """
 
     name: str
     version: str
+    target: str
     champion: str | None
-    """The champion before."""
     checks: list[Check] = field(default_factory=list)
     promoted: bool = False
 
@@ -57,70 +73,95 @@ class Decision:
         ]
 
 
-def promote(config: Config, prepared: Path, source: str = CANDIDATE, target: str = CHAMPION) -> Decision:
-    """Check a version by `registry.rules` and, when it holds all of them, move the alias to it.
+def promote(config: Config, workspace: Workspace, candidate: str = CANDIDATE, target: str = CHAMPION) -> Decision:
+    """Check a version by `registry.rules` and, if it keeps all of them, move the alias to it.
 
     Args:
-        prepared: the prepared data set, whose test images both versions are compared on.
-        source: alias or number of the version to promote.
+        config: `tracking`, `registry` and `evaluate.ece_bins` are used.
+        workspace: `prepared` is read; both versions are compared on its test images.
+        candidate: alias or number of the version to promote.
         target: alias to move.
 
     Returns:
-        The decision; `promoted` is False where a rule refuses, and then nothing was changed. A version that has the alias already is
-        not checked again: `promoted` is True and there are no checks.
+        The decision; `promoted` is False where a rule refuses, and then nothing was changed. A version that has the
+        alias already is not checked again: `promoted` is True and there are no checks.
 
     Raises:
         PromotionRefused: the champion or the candidate changed while they were compared.
-        DataError: no prepared data set here.
+        DataError: the workspace holds no prepared data set.
         TrackingError: MLflow cannot be reached or refuses, or there is no such version.
     """
     client, name, uri = connect(config.tracking), config.registry.name, tracking_uri(config.tracking)
-    with one_line(uri, f"has no {source} of {name}", "dho register makes one, dho registry lists them"):
-        candidate = version_of(client, name, source)
-    if candidate is None:
-        raise DhoError(f"{name}: no version has the alias {source}; dho register makes one, dho registry lists them")
+    with one_line(uri, f"has no {candidate} of {name}", "`dho register` makes one, `dho registry` lists them"):
+        version = version_of(client, name, candidate)
+    if version is None:
+        raise DhoError(
+            f"{name}: no version has the alias {candidate}; `dho register` makes one, `dho registry` lists them"
+        )
+
     with one_line(uri, f"cannot compare the versions of {name}"):
         champion = version_of(client, name, target)
-        decision = Decision(name, str(candidate.version), number_of(champion))
+        decision = Decision(name, str(version.version), target, number_of(champion))
         if decision.version != decision.champion:
-            decision.checks, evidence = _compare(config, client, TestSet.of(Index.load(prepared)), candidate, champion)
+            test = TestSet.of(Index.load(workspace.prepared))
+            decision.checks, evidence = _compare(config, client, test, version, champion)
             if decision.reasons:
                 return decision
+
     recovering = functools.partial(recover, client, name)
-    doing = f"promote version {candidate.version}"
-    with one_line(uri, f"cannot {doing} of {name}"), claim(client, name, doing, who(), recovering) as mine:
-        still, now = (number_of(version_of(client, name, alias)) for alias in (source, target))
+    doing = f"promote version {version.version}"
+    with one_line(uri, f"cannot {doing} of {name}"), lease(client, name, doing, who(), recovering) as held:
+        still, now = (number_of(version_of(client, name, alias)) for alias in (candidate, target))
         if still != decision.version:
-            raise PromotionRefused(f"{name}: {source} moved to version {still} meanwhile; nothing was changed")
+            raise PromotionRefused(f"{name}: {candidate} moved to version {still} meanwhile; nothing was changed")
         # The alias may be there already: before, meanwhile, or by the recovery of an attempt that was interrupted.
         if now != decision.version:
             if now != decision.champion:
                 raise PromotionRefused(
-                    f"{name}: version {now or 'none'} became {target} while version {candidate.version} was compared with "
-                    f"{decision.champion or 'none'}{_by(client, name)}; nothing was changed, run it again to compare with the new one"
+                    f"{name}: version {now or 'none'} became {target} while version {version.version} was compared "
+                    f"with {decision.champion or 'none'}{_by(client, name)}; nothing was changed, run it again to "
+                    "compare with the new one"
                 )
-            entry = _entry("promote", target, decision.champion, decision.version, candidate.run_id) | {
-                "evidence": evidence
-            }
-            _move(mine, entry, decision.champion)
+            entry = _entry("promote", target, decision.champion, decision.version, version.run_id)
+            _move(held, entry | {"evidence": evidence}, decision.champion)
     decision.promoted = True
     return decision
 
 
-def rollback(config: Config, why: str, target: str = CHAMPION) -> tuple[str, str]:
-    """Give the alias back to the version that had it before; returns both versions (from, to).
+def print_decision(decision: Decision) -> None:
+    """Print the table of rules of a promotion, and its outcome."""
+    if decision.checks:
+        table = Table("rule", "value", "limit", "verdict")
+        for check in decision.checks:
+            table.add_row(check.rule, check.value, check.limit, check.verdict)
+        Console().print(table)
+    if decision.promoted:
+        print(f"promote: models:/{decision.name}@{decision.target} is version {decision.version}")
+    else:
+        print(
+            f"promote: version {decision.version} of {decision.name} is refused, nothing was changed: "
+            + "; ".join(decision.reasons)
+        )
+
+
+def rollback(config: Config, reason: str, target: str = CHAMPION) -> tuple[str, str]:
+    """Return the alias to the version that had it before.
 
     Args:
-        why: kept in the tags.
+        reason: why; kept in the tags.
+        target: alias to move.
+
+    Returns:
+        The numbers of both versions: the one that had the alias, and the one that has it now.
 
     Raises:
-        PromotionRefused: there is nothing to go back to, or its files are not those that were registered.
+        PromotionRefused: there is no earlier version, or its files are not those that were registered.
         TrackingError: MLflow cannot be reached or refuses.
     """
     client, name, uri = connect(config.tracking), config.registry.name, tracking_uri(config.tracking)
     with (
         one_line(uri, f"cannot roll {name} back"),
-        claim(client, name, "rollback", who(), functools.partial(recover, client, name)) as mine,
+        lease(client, name, "rollback", who(), functools.partial(recover, client, name)) as held,
     ):
         story = history(client, name)
         past = _champions(story, target)
@@ -129,27 +170,29 @@ def rollback(config: Config, why: str, target: str = CHAMPION) -> tuple[str, str
             raise PromotionRefused(f"{name}: {target} has no earlier version to go back to; nothing was changed")
         if past[-1] != now:
             raise PromotionRefused(
-                f"{name}: {target} is version {now}, but the last promotion set {past[-1]}: the alias was moved by hand; "
-                "set it by hand again (nothing was changed)"
+                f"{name}: {target} is version {now}, but the last promotion set {past[-1]}: the alias was moved by "
+                "hand; set it by hand again (nothing was changed)"
             )
+
         back = client.get_model_version(name, past[-2])
         with tempfile.TemporaryDirectory() as folder:
             check = _intact(client, back, Path(folder))[0]
         if not check.passed:
             raise PromotionRefused(f"{name} version {back.version}: {check.rule}: {check.value}; nothing was changed")
-        entry = _entry("rollback", target, now, past[-2], back.run_id) | {"reason": why}
-        _move(mine, entry, past[-3] if len(past) > 2 else None)
+
+        entry = _entry("rollback", target, now, past[-2], back.run_id) | {"reason": reason}
+        _move(held, entry, past[-3] if len(past) > 2 else None)
         return now, past[-2]
 
 
 def history(client: MlflowClient, name: str) -> list[dict[str, Any]]:
-    """Every change of alias, oldest first."""
+    """Return every change of an alias, oldest first."""
     tags = client.get_registered_model(name).tags
     return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(AUDIT)]
 
 
 def version_of(client: MlflowClient, name: str, alias: str) -> Any:
-    """The version of an alias (None where no version has it) or of a number."""
+    """Return the version of an alias (None where no version has it) or of a number."""
     if alias.isdigit():
         return client.get_model_version(name, alias)
     number = client.get_registered_model(name).aliases.get(alias)
@@ -157,12 +200,12 @@ def version_of(client: MlflowClient, name: str, alias: str) -> Any:
 
 
 def number_of(version: Any) -> str | None:
-    """The number of a version as text, which is what a server gives; a database gives a number."""
+    """Return the number of a version as text, which is what a server returns; a database returns an int."""
     return None if version is None else str(version.version)
 
 
 def previous_alias(target: str) -> str:
-    """The alias of the version before the one with `target`."""
+    """Return the alias of the version that had `target` before."""
     return "previous" if target == CHAMPION else f"previous-{target}"
 
 
@@ -182,44 +225,35 @@ def _compare(
         folder = Path(temporary)
         checks = _intact(client, candidate, folder / "candidate")
         measured_on = candidate.tags.get("fingerprint.test")
+        value = (measured_on or "not measured yet, so measured now")[:34]
         same = measured_on in (None, test.fingerprint)
-        checks.append(
-            Check(
-                "measured on this test set",
-                (measured_on or "not measured yet, so measured now")[:34],
-                f"= {test.fingerprint[:16]}",
-                same,
-            )
-        )
+        checks.append(Check("test_set", "measured on this test set", value, f"= {test.fingerprint[:16]}", same))
         if any(check.passed is False for check in checks):
             return checks, {}
-        facts = _facts(folder / "candidate", test, bins)
-        checks += floors(rules, facts)
-        evidence: dict[str, Any] = {
-            "test": test.fingerprint,
-            "images": len(test.rows),
-            "top1": facts.evidence.metrics["top1"],
-        }
+
+        performance = _performance(folder / "candidate", test, bins)
+        checks += floors(rules, performance)
+        top1 = performance.evidence.metrics["top1"]
+        evidence: dict[str, Any] = {"test": test.fingerprint, "images": len(test.rows), "top1": top1}
         if champion is None:
-            checks.append(Check("gain over the champion", "there is no champion yet", "-", None))
+            checks.append(Check("champion", "gain over the champion", "there is no champion yet", "-", None))
             return checks, evidence
+
         intact = _intact(client, champion, folder / "champion")
         if any(check.passed is False for check in intact):
-            renamed = (Check(f"champion's {check.rule}", check.value, check.limit, check.passed) for check in intact)
+            renamed = (dataclasses.replace(check, rule=f"champion's {check.rule}") for check in intact)
             return checks + [check for check in renamed if check.passed is False], {}
-        other = _facts(folder / "champion", test, bins)
-    compared = against(rules, facts.evidence, other.evidence)
-    evidence |= {
-        "champion_top1": other.evidence.metrics["top1"],
-        "interval": compared[1].value,
-        "classes": compared[2].value,
-    }
+        champions = _performance(folder / "champion", test, bins)
+
+    compared = against(rules, performance.evidence, champions.evidence)
+    evidence |= {"champion_top1": champions.evidence.metrics["top1"]}
+    evidence |= {check.name: check.value for check in compared}
     return checks + compared, evidence
 
 
 def _intact(client: MlflowClient, version: Any, folder: Path) -> list[Check]:
     """Fetch a version's package to `folder`; that it is READY and holds the files it was registered with."""
-    checks = [Check("status", version.status, "READY", version.status == "READY")]
+    checks = [Check("status", "status", version.status, "READY", version.status == "READY")]
     if version.status != "READY":
         return checks
     limit = version.tags.get("artifact.sha256", "no hash was registered")
@@ -227,34 +261,27 @@ def _intact(client: MlflowClient, version: Any, folder: Path) -> list[Check]:
         mlflow.artifacts.download_artifacts(
             f"models:/{version.name}/{version.version}", dst_path=str(folder), tracking_uri=client.tracking_uri
         )
-        found = folder_digest(folder)
+        files = folder_digest(folder)
     except (MlflowException, OSError) as error:
-        found = f"cannot be read ({' '.join(str(error).split())[:80]})"
-    return [
-        *checks,
-        Check(
-            "files as registered (SHA-256)",
-            found[:16] if found == limit else f"{found[:16]}: changed",
-            limit[:16],
-            found == limit,
-        ),
-    ]
+        files = f"cannot be read ({' '.join(str(error).split())[:80]})"
+    value = files[:16] if files == limit else f"{files[:16]}: changed"
+    return [*checks, Check("files", "files as registered (SHA-256)", value, limit[:16], files == limit)]
 
 
-def _facts(folder: Path, test: TestSet, ece_bins: int) -> Facts:
-    """What a package was measured to do at registration, or is measured to do now where that was on another test set."""
+def _performance(folder: Path, test: TestSet, ece_bins: int) -> Performance:
+    """What was measured at registration; measured now where that was another test set, other bins or fewer metrics."""
     size = folder_bytes(folder)
     evidence_folder = folder / "artifacts" / "evidence"
     measured = json.loads((evidence_folder / "measured.json").read_text())
     known = measured.get("test", {})
-    if known.get("fingerprint") == test.fingerprint and measured["ece_bins"] == ece_bins:
-        evidence = Evidence.load(
-            evidence_folder / "test.parquet", test.fingerprint, measured["class_names"], known["metrics"]
-        )
+    same = known.get("fingerprint") == test.fingerprint and measured["ece_bins"] == ece_bins
+    if same and all(metric.name in known["metrics"] for metric in METRICS):
+        path = evidence_folder / "test.parquet"
+        evidence = Evidence.load(path, test.fingerprint, measured["class_names"], known["metrics"])
     else:
         with open_package(folder) as package:
             evidence = measure_test(package, test, ece_bins)
-    return Facts(evidence, measured["latency_ms"]["batch1/threads1/p99"], size)
+    return Performance(evidence, measured["latency_ms"]["batch1/threads1/p99"], size)
 
 
 def _by(client: MlflowClient, name: str) -> str:
@@ -267,19 +294,19 @@ def _entry(action: str, target: str, old: str | None, new: str, run_id: str | No
     return {"action": action, "alias": target, "from": old, "to": new, "at": now, "by": who(), "run_id": run_id}
 
 
-def _move(mine: Claim, entry: dict[str, Any], previous: str | None) -> None:
-    """The change itself, written down before it is begun; the alias moves in one request."""
-    client, name = mine.client, mine.name
+def _move(held: Lease, entry: dict[str, Any], previous: str | None) -> None:
+    """Move the alias, in one request; what is about to be done is written down before."""
+    client, name = held.client, held.name
     numbers = [int(key.removeprefix(AUDIT)) for key in client.get_registered_model(name).tags if key.startswith(AUDIT)]
     intent = {"entry": entry, "previous": previous, "number": max(numbers, default=0) + 1}
-    mine.intend(intent)
-    mine.still_valid()
+    held.intend(intent)
+    held.check_valid()
     client.set_registered_model_alias(name, entry["alias"], entry["to"])
     _record(client, name, intent)
 
 
 def _record(client: MlflowClient, name: str, intent: dict[str, Any]) -> None:
-    """What follows the move: alias `previous`, the tags of both versions, the entry in the story. May be done twice."""
+    """Record a move: alias `previous`, the tags of both versions, the entry in the story. May be done twice."""
     entry, previous = intent["entry"], intent["previous"]
     alias = previous_alias(entry["alias"])
     if previous is not None:

@@ -1,12 +1,20 @@
-"""What a candidate has to show before it becomes champion: floors of its own, and a paired comparison on the same test images.
+"""Judge a candidate: floors for itself alone, and comparisons with the champion on the same test images.
 
-checks = floors(rules, candidate) + against(rules, candidate.evidence, champion.evidence)
-all(check.passed is not False for check in checks)
+    from dho.config import RulesConfig
+    rules = RulesConfig(min_top1=0.8)
+    checks = floors(rules, performance) + against(rules, candidate.evidence, champion.evidence)
+    promoted = all(check.passed is not False for check in checks)
+
+A rule is one row of `FLOORS` or `COMPARISONS` and one setting of `registry.rules`, which holds its limit. The table
+that `dho promote` prints and the audit trail loop over the rows and take each by its name.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +22,22 @@ import numpy.typing as npt
 from dho.config import RulesConfig
 from dho.registry.evidence import Evidence
 
+Subject = TypeVar("Subject")
+
 
 @dataclass(frozen=True)
 class Check:
-    """One rule, what was found, what is allowed, and whether that holds; None where the rule asks nothing."""
+    """One rule's outcome.
 
+    Attributes:
+        name: the rule's name in the audit trail.
+        rule: its title.
+        value: what was measured, as text.
+        limit: what is allowed, as text.
+        passed: whether that holds; None where the rule asks nothing.
+    """
+
+    name: str
     rule: str
     value: str
     limit: str
@@ -31,106 +50,218 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A package with what was measured on it."""
+class Performance:
+    """What was measured on a package."""
 
     evidence: Evidence
     latency_ms: float
-    """p99 of one image on one thread."""
+    """p99 of one image on one thread, milliseconds."""
     bytes: int
 
 
-def floors(rules: RulesConfig, facts: Facts) -> list[Check]:
-    """The rules that a candidate has to hold by itself."""
-    top1, ece = facts.evidence.metrics["top1"], facts.evidence.metrics["ece"]
-    worst = min(facts.evidence.recalls, key=lambda name: facts.evidence.recalls[name])
-    recall, megabytes = facts.evidence.recalls[worst], facts.bytes / 1e6
-    return [
-        _limit(
-            "top-1",
-            _percent(top1),
-            ">=",
-            rules.min_top1,
-            None if rules.min_top1 is None else top1 >= rules.min_top1,
-            _percent,
-        ),
-        _limit(
-            "recall of the worst class",
-            f"{_percent(recall)} ({worst})",
-            ">=",
-            rules.min_class_recall,
-            None if rules.min_class_recall is None else recall >= rules.min_class_recall,
-            _percent,
-        ),
-        _limit("ECE", f"{ece:.3f}", "<=", rules.max_ece, None if rules.max_ece is None else ece <= rules.max_ece),
-        _limit(
-            "latency (p99, one image, one thread)",
-            f"{facts.latency_ms:.1f} ms",
-            "<=",
-            rules.max_latency_ms,
-            None if rules.max_latency_ms is None else facts.latency_ms <= rules.max_latency_ms,
-            lambda value: f"{value:g} ms",
-        ),
-        _limit(
-            "size",
-            f"{megabytes:.1f} MB",
-            "<=",
-            rules.max_size_mb,
-            None if rules.max_size_mb is None else megabytes <= rules.max_size_mb,
-            lambda value: f"{value:g} MB",
-        ),
-    ]
+class Interval(NamedTuple):
+    """A change and its bootstrap interval, shares from -1 to 1."""
+
+    change: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate beside the champion, on the same test images."""
+
+    better: int
+    """Images that only the candidate answers correctly."""
+    worse: int
+    gain: Interval
+    """Of top-1."""
+    classes: dict[str, Interval]
+    """Of the recall of each class that has test images."""
+
+    @classmethod
+    def of(cls, rules: RulesConfig, candidate: Evidence, champion: Evidence) -> Comparison:
+        """Compare two packages that were measured on the same test set."""
+        # One generator for all, before any rule is asked: a rule that is added or removed leaves the numbers of the
+        # others as they are.
+        generator = np.random.default_rng(rules.seed)
+        better, worse = candidate.right & ~champion.right, champion.right & ~candidate.right
+
+        def change(images: npt.NDArray[np.bool_]) -> Interval:
+            up, down = better[images], worse[images]
+            low, high = interval(up, down, rules, generator)
+            return Interval(float(up.mean() - down.mean()), low, high)
+
+        gain = change(np.ones(len(better), bool))
+        present = ((name, candidate.labels == number) for number, name in enumerate(candidate.class_names))
+        classes = {name: change(images) for name, images in present if images.any()}
+        return cls(int(better.sum()), int(worse.sum()), gain, classes)
+
+    @property
+    def worst_class(self) -> str:
+        """The class whose recall falls most, at the upper end of its interval."""
+        return min(self.classes, key=lambda name: (self.classes[name].high, self.classes[name].change, name))
+
+
+class Finding(NamedTuple):
+    """The value that a rule judges, and how people read it."""
+
+    value: float
+    shown: str
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Subject]):
+    """One rule of promotion.
+
+    Attributes:
+        name: under which the audit trail keeps what was measured.
+        title: what people read; `{confidence}` in it becomes that of the intervals, percent.
+        setting: field of `RulesConfig` that holds the limit; where that is None, the rule asks nothing.
+        found: takes the value out of what is judged.
+        holds: (value, limit) -> whether the rule is kept.
+        allowed: how the limit is shown.
+    """
+
+    name: str
+    title: str
+    setting: str
+    found: Callable[[Subject], Finding]
+    holds: Callable[[float, float], bool]
+    allowed: Callable[[float], str]
+
+    def check(self, rules: RulesConfig, subject: Subject) -> Check:
+        """Judge what the rule is about: a candidate's `Performance` or its `Comparison` with the champion."""
+        value, shown = self.found(subject)
+        limit: float | None = getattr(rules, self.setting)
+        title = self.title.format(confidence=f"{100 * rules.confidence:g}")
+        if limit is None:
+            return Check(self.name, title, shown, "no limit", None)
+        return Check(self.name, title, shown, self.allowed(limit), self.holds(value, limit))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f} points" if share else "0 points"
+
+
+def _top1(performance: Performance) -> Finding:
+    value = performance.evidence.metrics["top1"]
+    return Finding(value, _percent(value))
+
+
+def _worst_recall(performance: Performance) -> Finding:
+    recalls = performance.evidence.recalls
+    worst = min(recalls, key=lambda name: recalls[name])
+    return Finding(recalls[worst], f"{_percent(recalls[worst])} ({worst})")
+
+
+def _ece(performance: Performance) -> Finding:
+    value = performance.evidence.metrics["ece"]
+    return Finding(value, f"{value:.3f}")
+
+
+def _latency(performance: Performance) -> Finding:
+    return Finding(performance.latency_ms, f"{performance.latency_ms:.1f} ms")
+
+
+def _size(performance: Performance) -> Finding:
+    megabytes = performance.bytes / 1e6
+    return Finding(megabytes, f"{megabytes:.1f} MB")
+
+
+def _gain(comparison: Comparison) -> Finding:
+    return Finding(comparison.gain.change, _points(comparison.gain.change))
+
+
+def _interval(comparison: Comparison) -> Finding:
+    between = f"{_points(comparison.gain.low)} to {_points(comparison.gain.high)}"
+    return Finding(comparison.gain.low, f"{between}; {comparison.better} better, {comparison.worse} worse")
+
+
+def _classes(comparison: Comparison) -> Finding:
+    name = comparison.worst_class
+    change, _, high = comparison.classes[name]
+    return Finding(high, f"{name}: {_points(change)}, at best {_points(high)}")
+
+
+FLOORS: tuple[Rule[Performance], ...] = (
+    Rule("top1", "top-1", "min_top1", _top1, operator.ge, lambda limit: f">= {_percent(limit)}"),
+    Rule(
+        "worst_recall",
+        "recall of the worst class",
+        "min_class_recall",
+        _worst_recall,
+        operator.ge,
+        lambda limit: f">= {_percent(limit)}",
+    ),
+    Rule("ece", "ECE", "max_ece", _ece, operator.le, lambda limit: f"<= {limit:g}"),
+    Rule(
+        "latency",
+        "latency (p99, one image, one thread)",
+        "max_latency_ms",
+        _latency,
+        operator.le,
+        lambda limit: f"<= {limit:g} ms",
+    ),
+    Rule("size", "size", "max_size_mb", _size, operator.le, lambda limit: f"<= {limit:g} MB"),
+)
+"""What a candidate has to show by itself."""
+
+COMPARISONS: tuple[Rule[Comparison], ...] = (
+    Rule(
+        "gain",
+        "gain in top-1 over the champion",
+        "min_gain",
+        _gain,
+        operator.ge,
+        lambda limit: f">= {_points(limit)}",
+    ),
+    # Where min_gain allows a loss, the loss has to be smaller than that beyond chance; else the gain has to be one
+    # beyond chance.
+    Rule(
+        "interval",
+        "its {confidence} % interval (paired bootstrap)",
+        "min_gain",
+        _interval,
+        lambda low, limit: low > min(limit, 0.0),
+        lambda limit: f"above {_points(min(limit, 0.0))}",
+    ),
+    # A class is refused only when its whole interval lies below the drop that is allowed.
+    Rule(
+        "classes",
+        "class that loses most",
+        "max_class_drop",
+        _classes,
+        lambda high, limit: high >= -limit,
+        lambda limit: f"at best >= {_points(-limit)}",
+    ),
+)
+"""What a candidate has to show beside the champion, image by image; the audit trail keeps what each measured."""
+
+
+def floors(rules: RulesConfig, performance: Performance) -> list[Check]:
+    """Check the rules that a candidate has to keep by itself."""
+    return [rule.check(rules, performance) for rule in FLOORS]
 
 
 def against(rules: RulesConfig, candidate: Evidence, champion: Evidence) -> list[Check]:
-    """The rules that compare with the champion, image by image: the gain, that it is no chance, and every class.
-
-    With `min_gain` >= 0 the gain has to reach it and the lower end of its paired bootstrap interval has to be above 0; a negative
-    `min_gain` asks only that the lower end is above it (not worse by more than that). No class may have an interval of its change in
-    recall that lies below -`max_class_drop` as a whole.
+    """Check the rules that compare a candidate with the champion.
 
     Args:
         candidate, champion: measured on the same test set.
     """
-    generator = np.random.default_rng(rules.seed)
-    better, worse = candidate.right & ~champion.right, champion.right & ~candidate.right
-    gain = float(better.mean() - worse.mean())
-    low, high = interval(better, worse, rules, generator)
-    floor = min(rules.min_gain, 0.0)
-    between = f"{_points(low)} to {_points(high)}"
-    checks = [
-        Check(
-            "gain in top-1 over the champion", _points(gain), f">= {_points(rules.min_gain)}", gain >= rules.min_gain
-        ),
-        Check(
-            f"its {100 * rules.confidence:g} % interval (paired bootstrap)",
-            f"{between}; {int(better.sum())} better, {int(worse.sum())} worse",
-            f"above {_points(floor)}",
-            low > floor,
-        ),
-    ]
-    drops = []
-    for number, name in enumerate(candidate.class_names):
-        images = candidate.labels == number
-        if images.any():
-            change = float(better[images].mean() - worse[images].mean())
-            drops.append((interval(better[images], worse[images], rules, generator)[1], change, name))
-    top, change, name = min(drops)
-    checks.append(
-        Check(
-            "class that loses most",
-            f"{name}: {_points(change)}, at best {_points(top)}",
-            f"at best >= {_points(-rules.max_class_drop)}",
-            top >= -rules.max_class_drop,
-        )
-    )
-    return checks
+    comparison = Comparison.of(rules, candidate, champion)
+    return [rule.check(rules, comparison) for rule in COMPARISONS]
 
 
 def interval(
     better: npt.NDArray[np.bool_], worse: npt.NDArray[np.bool_], rules: RulesConfig, generator: np.random.Generator
 ) -> tuple[float, float]:
-    """The bootstrap interval of (share better - share worse), both measured on the same images.
+    """Return the bootstrap interval of (share better - share worse), both bool [images] and of the same images.
 
     Drawing images with replacement is drawing the counts of the three outcomes, so no image is drawn one by one.
     """
@@ -141,16 +272,3 @@ def interval(
     tail = (1 - rules.confidence) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _limit(rule: str, value: str, sign: str, limit: float | None, passed: bool | None, shown: object = None) -> Check:
-    text = "no limit" if limit is None else f"{sign} {shown(limit) if callable(shown) else f'{limit:g}'}"
-    return Check(rule, value, text, passed)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.2f} points" if share else "0 points"

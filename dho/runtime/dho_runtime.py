@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ MAX_PIXELS = 50_000_000
 HEADS = ("ce", "kd")
 """The heads of a student: the one that learns from labels, and the one that learns from the teacher."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+HEADS = ("ce", "kd")
+"""Both heads, in the order of Eq. 8: `ce` learns from labels, `kd` from the teacher. A student may have one of them."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels of the upright image; right and bottom exclusive."""
@@ -154,3 +158,18 @@ def mix(ce: npt.ArrayLike | None, kd: npt.ArrayLike | None, alpha: float, beta: 
     if ce is None:
         return softmax(kd, beta)
     return alpha * softmax(ce) + (1 - alpha) * softmax(kd, beta)
+
+
+def head_source(head: str) -> str:
+    """Return the name by which one head's own probabilities go, in metrics and in answers: `ce` -> `ce_head`."""
+    return f"{head}_head"
+
+
+def head_probabilities(head: str, logits: npt.ArrayLike, beta: float) -> npt.NDArray[np.float64]:
+    """Return what one head answers alone: logits [n, classes] -> probabilities, float64; `kd` at temperature beta."""
+    return softmax(logits, beta if head == "kd" else 1.0)
+
+
+def only_alpha(heads: Collection[str]) -> float | None:
+    """Return the one alpha that a student with these heads can have: 1 with `ce` alone, 0 with `kd`; None with both."""
+    return None if set(HEADS) <= set(heads) else float("ce" in heads)

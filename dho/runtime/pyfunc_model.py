@@ -1,11 +1,12 @@
-"""The registered student, as MLflow runs it: image bytes -> label and probability. No torch and nothing of `dho` is imported here.
+"""Answer images with the registered student, as MLflow runs it; neither torch nor `dho` is imported here.
 
+    import mlflow
     model = mlflow.pyfunc.load_model("models:/dho-student@candidate")
     model.predict(pd.DataFrame({"image": [Path("cat.jpg").read_bytes()]}), params={"top_k": 3})
 
 MLflow keeps this file as code, not as a pickled object, beside `code/dho_runtime.py`, `artifacts/student.onnx` and
-`artifacts/card.json`; it is run by path (`dho/registry/package.py` packs it), never imported as `dho.runtime.pyfunc_model`.
-Environment variable DHO_THREADS sets ONNX Runtime's threads (unset: all cores).
+`artifacts/package.json`; it is run by path (`dho/registry/package.py` packs it), never imported as
+`dho.runtime.pyfunc_model`. Environment variable DHO_THREADS sets ONNX Runtime's threads (unset: all cores).
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
-# Two versions loaded into one process (candidate beside champion) must not share the first one's pixels: MLflow puts each package's
-# code folder in front of sys.path, but Python would not look there again for a name that it already knows.
+# Two versions loaded into one process (candidate beside champion) must not share the first one's pixels: MLflow puts
+# each package's code folder in front of sys.path, but Python would not look there again for a name that it already
+# knows.
 sys.modules.pop("dho_runtime", None)
 import dho_runtime  # noqa: E402
 
 COLUMNS = ("label", "probability", "top_labels", "top_probabilities", "error")
-HEAD_COLUMNS = {"ce_head": "ce", "kd_head": "kd"}
+HEAD_COLUMNS = {dho_runtime.head_source(head): head for head in dho_runtime.HEADS}
 ON_ERROR = ("raise", "null")
-LARGEST_CALL = 10_000
-"""Images in one call: a server holds a whole request in memory."""
+MAX_IMAGES = 10_000
+"""Most images in one call: a server holds a whole request in memory."""
 
 
 class StudentModel(PythonModel):
     """Decode, crop the centre, resize, normalise, run both heads, mix them (Eq. 8)."""
 
     def load_context(self, context: Any) -> None:
-        """Read the card and open the network on the CPU."""
-        self.card: dict[str, Any] = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
+        """Read `package.json` and open the network on the CPU."""
+        self.package: dict[str, Any] = json.loads(Path(context.artifacts["package"]).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ.get("DHO_THREADS", "0"))
         self.session = onnxruntime.InferenceSession(
@@ -55,32 +57,33 @@ class StudentModel(PythonModel):
 
         Args:
             context: MLflow's; unused, `load_context` has read it.
-            model_input: column `image`, one image a row: its encoded bytes, their base64 as text or bytes, a `pathlib.Path`, or an array
-                uint8 [height, width] (grey) or [height, width, 3 or 4] (RGB, RGBA). Text is never taken for a path: whoever may send a
-                request could then read the server's files.
-            params: `alpha` in 0-1, `beta` > 0 (default: the tuned values), `top_k` (more than there are classes means all),
-                `batch_size` (images decoded and run at a time), `on_error` ("raise" or "null"), `heads` (True adds each head alone).
+            model_input: column `image`, one image per row: its encoded bytes, their base64 as text or bytes, a
+                `pathlib.Path`, or an array uint8 [height, width] (grey) or [height, width, 3 or 4] (RGB, RGBA). Text is
+                never taken for a path: whoever may send a request could then read the server's files.
+            params: `alpha` in 0-1, `beta` > 0 (default: the tuned values), `top_k` (more than there are classes means
+                all), `batch_size` (images decoded and run at a time), `on_error` ("raise" or "null"), `heads` (True
+                adds each head alone).
 
         Returns:
-            One row an image, with `model_input`'s index: label (str), probability (float64), top_labels (list of str) and
-            top_probabilities (list of float), most probable first, and error (str, None where the image was answered). A refused
-            image has None everywhere else; `probability` is then of dtype object, since NaN is not JSON. With `heads` also ce_head
-            and kd_head, each head's own probabilities (list of float, in the order of the metadata's `class_names`; kd_head at
-            temperature beta; None for a head that the student does not have).
+            One row per image, with `model_input`'s index: label (str), probability (float64), top_labels (list of str)
+            and top_probabilities (list of float), most probable first, and error (str, None where the image was
+            answered). A refused image has None everywhere else; `probability` is then of dtype object, since NaN is not
+            JSON. With `heads` also ce_head and kd_head, each head's own probabilities (list of float, in the order of
+            the metadata's `class_names`; kd_head at temperature beta; None for a head that the student does not have).
 
         Raises:
-            MlflowException: a parameter is not allowed, alpha gives weight to a head that this student does not have, more than
-                `LARGEST_CALL` images, or an image cannot be used and on_error is "raise" (the message names the row, counted from
-                0). A server answers status 400.
+            MlflowException: a parameter is not allowed, alpha gives weight to a head that this student does not have,
+                more than `MAX_IMAGES` images, or an image cannot be used and on_error is "raise" (the message names the
+                row, counted from 0). A server answers status 400.
         """
         settings = self._settings(params or {})
         if len(model_input) == 1 and isinstance(model_input["image"].iloc[0], list):
             # {"image": [text, text]} reaches us as one cell that holds the list.
             model_input = pd.DataFrame({"image": pd.Series(model_input["image"].iloc[0], dtype=object)})
         images = list(model_input["image"])
-        if len(images) > LARGEST_CALL:
+        if len(images) > MAX_IMAGES:
             raise MlflowException.invalid_parameter_value(
-                f"{len(images)} images in one call; send at most {LARGEST_CALL} at a time"
+                f"{len(images)} images in one call; send at most {MAX_IMAGES} at a time"
             )
         rows: list[dict[str, Any]] = []
         for start in range(0, len(images), settings["batch_size"]):
@@ -93,8 +96,8 @@ class StudentModel(PythonModel):
 
     def _settings(self, params: dict[str, Any]) -> dict[str, Any]:
         defaults = {
-            "alpha": self.card["alpha"],
-            "beta": self.card["beta"],
+            "alpha": self.package["alpha"],
+            "beta": self.package["beta"],
             "top_k": 5,
             "batch_size": 64,
             "on_error": "raise",
@@ -132,10 +135,11 @@ class StudentModel(PythonModel):
             return rows
         logits = self._logits(np.stack(pixels))
         try:
-            probabilities = dho_runtime.mix(logits.get("ce"), logits.get("kd"), settings["alpha"], settings["beta"])
+            ce, kd = (logits.get(head) for head in dho_runtime.HEADS)
+            probabilities = dho_runtime.mix(ce, kd, settings["alpha"], settings["beta"])
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        names = self.card["class_names"]
+        names = self.package["class_names"]
         for i, row in zip(good, probabilities, strict=True):
             top = np.argsort(-row, kind="stable")[: settings["top_k"]]
             labels, values = [names[k] for k in top], [float(row[k]) for k in top]
@@ -143,7 +147,7 @@ class StudentModel(PythonModel):
         if settings["heads"]:
             for column, head in HEAD_COLUMNS.items():
                 if head in logits:
-                    alone = dho_runtime.softmax(logits[head], settings["beta"] if head == "kd" else 1.0)
+                    alone = dho_runtime.head_probabilities(head, logits[head], settings["beta"])
                     for i, row in zip(good, alone, strict=True):
                         rows[i][column] = row.tolist()
         return rows
@@ -153,15 +157,15 @@ class StudentModel(PythonModel):
         image = (
             _from_array(value)
             if isinstance(value, np.ndarray)
-            else dho_runtime.decode(_encoded(value), self.card["max_pixels"])
+            else dho_runtime.decode(_encoded(value), self.package["max_pixels"])
         )
         box = dho_runtime.centre_box(*image.size)
-        return dho_runtime.render(image, box, self.card["input_size"], self.card["interpolation"])  # type: ignore[no-any-return]
+        return dho_runtime.render(image, box, self.package["input_size"], self.package["interpolation"])  # type: ignore[no-any-return]
 
     def _logits(self, pixels: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
         """uint8 [n, size, size, 3] -> float32 [n, classes] of every head."""
-        heads = self.card["heads"]
-        images = dho_runtime.normalise(pixels, self.card["mean"], self.card["std"])
+        heads = self.package["heads"]
+        images = dho_runtime.normalise(pixels, self.package["mean"], self.package["std"])
         return dict(zip(heads, self.session.run(heads, {"images": images}), strict=True))
 
 
@@ -176,8 +180,8 @@ def _encoded(value: Any) -> bytes:
         kind = "nothing" if value is None or value is pd.NA or isinstance(value, float) else type(value).__name__
         raise dho_runtime.ImageRejected(f"{kind} where the bytes of an image were expected")
     data = value if isinstance(value, str) else bytes(value)
-    # MLflow's server undoes base64 in `dataframe_records` and `dataframe_split`, but not in `inputs` and `instances`. No image is
-    # valid base64: the header of every format has bytes outside its alphabet.
+    # MLflow's server undoes base64 in `dataframe_records` and `dataframe_split`, but not in `inputs` and `instances`.
+    # No image is valid base64: the header of every format has bytes outside its alphabet.
     try:
         text = data if isinstance(data, str) else data.decode("ascii")
         return base64.b64decode("".join(text.split()), validate=True)

@@ -1,7 +1,8 @@
-"""k8s/: every document is one that Kubernetes knows, every overlay fits its base, and what the issue of safety asks of a pod is there."""
+"""k8s/: every document is one that Kubernetes knows, every overlay fits its base, every pod is locked down."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import shutil
@@ -14,11 +15,14 @@ import pytest
 import yaml
 
 from dho.cluster.checks import problems, quantity
-from dho.cluster.manifest import Launch, containers, kind, kustomized, pod_specs, render, to_yaml
+from dho.cluster.job import Launch, containers
+from dho.cluster.manifest import kustomized, render, to_yaml
+from dho.cluster.pytorchjob import PyTorchJob
 
 ROOT = Path(__file__).parents[2]
+KIND = PyTorchJob()
 KUBERNETES = "1.34"
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/pytorchjob/overlays").iterdir())
 FILES = sorted(
     path
     for path in (ROOT / "k8s").rglob("*.yaml")
@@ -30,6 +34,17 @@ LAUNCHES = [
         (1, 2, 64), (None, 1, 8), (None, (1, 64)), (None, "team"), ("train", "teach")
     )
 ]
+
+GOLDEN = {
+    "train": Launch(),
+    "teach": Launch(stage="teach"),
+    "gpu": Launch(gpus=8),
+    "elastic-gpu": Launch(gpus=1, elastic=(1, 64)),
+    "kueue": Launch(nodes=1, queue="team"),
+    "named": Launch(name="mine", revision="a" * 64, remote="s3://elsewhere/dvc", image="r/x:1"),
+    "64x8-elastic-kueue-teach": Launch(nodes=64, gpus=8, elastic=(1, 64), queue="team", stage="teach"),
+}
+"""File of golden/ -> the launch whose manifests it holds, as `to_yaml(render(launch))` wrote them."""
 
 
 def pod_templates(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,8 +75,20 @@ def test_every_document_is_one_that_kubernetes_knows(path: Path) -> None:
 )
 def test_every_launch_keeps_every_rule_and_survives_yaml(launch: Launch) -> None:
     documents = render(launch)
-    assert problems(documents) == []
+    assert problems(documents, KIND) == []
     assert list(yaml.safe_load_all(to_yaml(documents))) == documents
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_manifests_are_those_of_before_to_the_last_byte(name: str) -> None:
+    expected = (Path(__file__).parent / f"golden/{name}.yaml").read_text()
+    rendered = to_yaml(render(GOLDEN[name]))
+    difference = difflib.unified_diff(expected.splitlines(), rendered.splitlines(), name, "rendered now", n=1)
+    assert rendered == expected, "\n".join(difference)
+
+
+def test_every_golden_file_is_compared() -> None:
+    assert sorted(path.stem for path in (Path(__file__).parent / "golden").iterdir()) == sorted(GOLDEN)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +97,14 @@ def test_every_launch_keeps_every_rule_and_survives_yaml(launch: Launch) -> None
     ids=lambda launch: launch.overlays()[-1],
 )
 def test_pods_of_a_launch_are_pods_that_kubernetes_knows(launch: Launch) -> None:
-    job = kind(render(launch), "PyTorchJob")
+    job = KIND.job(render(launch))
     *_, template = pod_templates(job)
     validate({**job, "spec": {"pytorchReplicaSpecs": {"one": {"template": template}}}})
 
 
 def test_the_file_alone_is_complete_and_is_the_base() -> None:
     alone = ROOT / "k8s/pytorchjob.yaml"
-    assert alone.resolve() == ROOT / "k8s/base/pytorchjob.yaml"
+    assert alone.resolve() == ROOT / "k8s/pytorchjob/base/pytorchjob.yaml"
     documents = list(yaml.safe_load_all(alone.read_text()))
     assert [document["kind"] for document in documents] == [
         "ConfigMap",
@@ -86,7 +113,7 @@ def test_the_file_alone_is_complete_and_is_the_base() -> None:
         "NetworkPolicy",
         "PyTorchJob",
     ]
-    assert problems(documents) == []
+    assert problems(documents, KIND) == []
 
 
 def platform_pods() -> list[tuple[str, dict[str, Any]]]:
@@ -106,8 +133,8 @@ def test_the_platforms_pods_are_locked_down_as_well(name: str, pod: dict[str, An
             "capabilities": {"drop": ["ALL"]},
         }
         assert ":" in container["image"].rsplit("/", 1)[1] and not container["image"].endswith(":latest")
-        for part in ("requests", "limits"):
-            assert set(container["resources"][part]) == {"cpu", "memory"}
+        for key in ("requests", "limits"):
+            assert set(container["resources"][key]) == {"cpu", "memory"}
     for container in pod["containers"]:
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container), name
 
@@ -121,7 +148,7 @@ def test_no_secret_is_in_any_file() -> None:
 
 
 def test_pods_of_a_lost_node_are_given_up_within_a_minute_and_checkpoints_fit_into_the_grace_period() -> None:
-    for pod in pod_specs(kind(render(Launch()), "PyTorchJob")):
+    for pod in KIND.pods(render(Launch())).values():
         lost = {toleration["key"]: toleration.get("tolerationSeconds") for toleration in pod["tolerations"]}
         assert lost == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
         assert pod["terminationGracePeriodSeconds"] == 60
@@ -130,18 +157,16 @@ def test_pods_of_a_lost_node_are_given_up_within_a_minute_and_checkpoints_fit_in
 def test_gpus_bring_their_share_of_processors_memory_and_shared_memory() -> None:
     pods = {}
     for gpus in (1, 3, 8):
-        job = kind(render(Launch(gpus=gpus)), "PyTorchJob")
-        assert job["spec"]["nprocPerNode"] == str(gpus)
-        pods[gpus] = pod_specs(job)[1]
+        documents = render(Launch(gpus=gpus))
+        assert KIND.job(documents)["spec"]["nprocPerNode"] == str(gpus)
+        pods[gpus] = KIND.pods(documents)["Worker"]
     for gpus, pod in pods.items():
         resources = pod["containers"][0]["resources"]
         assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"] == str(gpus)
-        for part in ("requests", "limits"):
+        for key in ("requests", "limits"):
             for name in ("cpu", "memory"):
-                assert (
-                    quantity(resources[part][name])
-                    == quantity(pods[1]["containers"][0]["resources"][part][name]) * gpus
-                )
+                one = quantity(pods[1]["containers"][0]["resources"][key][name])
+                assert quantity(resources[key][name]) == one * gpus
         (shm,) = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm"]
         assert quantity(shm) == gpus * 8 * 2**30
 
@@ -150,17 +175,16 @@ def test_gpus_bring_their_share_of_processors_memory_and_shared_memory() -> None
     ("nodes", "elastic", "limit"), [(1, None, 10), (2, None, 20), (64, None, 640), (2, (1, 4), 40)]
 )
 def test_the_backoff_limit_grows_with_the_replicas(nodes: int, elastic: tuple[int, int] | None, limit: int) -> None:
-    assert (
-        kind(render(Launch(nodes=nodes, elastic=elastic)), "PyTorchJob")["spec"]["runPolicy"]["backoffLimit"] == limit
-    )
+    job = KIND.job(render(Launch(nodes=nodes, elastic=elastic)))
+    assert job["spec"]["runPolicy"]["backoffLimit"] == limit
 
 
 def test_a_named_launch_has_a_configmap_of_its_own() -> None:
     documents = render(Launch(name="mine", revision="a" * 64, remote="s3://elsewhere/dvc"))
-    environment = kind(documents, "ConfigMap")
+    environment = KIND.environment(documents)
     assert environment["metadata"]["name"] == "mine"
     assert (environment["data"]["DHO_REVISION"], environment["data"]["DHO_REMOTE"]) == ("a" * 64, "s3://elsewhere/dvc")
-    for pod in pod_specs(kind(documents, "PyTorchJob")):
+    for pod in KIND.pods(documents).values():
         assert {source["configMapRef"]["name"] for container in containers(pod) for source in container["envFrom"]} == {
             "mine"
         }
@@ -176,10 +200,13 @@ def kubectl() -> str | None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dho_launch_renders_what_kustomize_renders(overlay: str) -> None:
     done = subprocess.run(
-        [str(kubectl()), "kustomize", str(ROOT / "k8s/overlays" / overlay)], check=True, capture_output=True, text=True
+        [str(kubectl()), "kustomize", str(ROOT / "k8s/pytorchjob/overlays" / overlay)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     theirs = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(done.stdout)}
-    assert {(d["kind"], d["metadata"]["name"]): d for d in kustomized([overlay])} == theirs
+    assert {(d["kind"], d["metadata"]["name"]): d for d in kustomized(KIND, [overlay])} == theirs
     launch = {"cpu": Launch(), "gpu": Launch(gpus=8)}.get(overlay)  # the numbers of the overlay itself
     if launch is not None:
         assert {(d["kind"], d["metadata"]["name"]): d for d in render(launch)} == theirs

@@ -1,6 +1,8 @@
-"""Write the test images as files, `<label>-<key>.png`, and what is expected of them (run with the repository's Python, from its root).
+"""Write the test images as files, `<label>-<key>.png`, and what is expected of them.
 
-python tests/downstream/images.py FOLDER EXPECTED [--first 1000]
+    python tests/downstream/images.py FOLDER EXPECTED [--first 1000]
+
+Run it with the repository's Python, from its root.
 """
 
 import argparse
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.evaluation.head_outputs import HeadOutputs
 from dho.runtime.dho_runtime import mix
@@ -19,9 +22,10 @@ parser.add_argument("expected", type=Path)
 parser.add_argument("--first", type=int, default=1000)
 options = parser.parse_args()
 
-index = Index.load(Path("data/prepared"))
-metrics = json.loads(Path("outputs/evaluate/metrics.json").read_text())
-outputs = HeadOutputs.load(Path("outputs/train/head_outputs/test.npz"))
+workspace = Workspace()
+index = Index.load(workspace.prepared)
+metrics = json.loads(workspace.metrics.read_text())
+outputs = HeadOutputs.load(workspace.head_outputs / "test.npz")
 guesses = mix(outputs.ce, outputs.kd, metrics["alpha"], metrics["beta"]).argmax(1)
 options.folder.mkdir(parents=True)
 names = []

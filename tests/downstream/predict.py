@@ -1,6 +1,8 @@
-"""What a downstream team runs: no torch, no dho. Prints accuracy over a folder of images whose names start with their label.
+"""Print the accuracy over a folder of images whose names start with their label, as a downstream team would.
 
-python predict.py models:/dho-student@champion FOLDER EXPECTED
+    python predict.py models:/dho-student@champion FOLDER EXPECTED
+
+Neither torch nor dho may be installed here.
 """
 
 import importlib.util

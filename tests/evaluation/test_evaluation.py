@@ -12,7 +12,18 @@ from conftest import ALONE, Tiny
 from dho.config import EvaluateConfig, StudentConfig
 from dho.core.errors import DataError
 from dho.evaluation.head_outputs import HeadOutputs, head_outputs
-from dho.evaluation.metrics import confusion, measure, only_alpha, per_class, reliability, sources
+from dho.evaluation.metrics import (
+    METRICS,
+    SOURCES,
+    confusion,
+    measure,
+    only_alpha,
+    per_class,
+    quick,
+    reliability,
+    sources,
+    table,
+)
 from dho.evaluation.tuning import search
 from dho.runtime.dho_runtime import mix
 from dho.student.model import Student
@@ -35,6 +46,32 @@ def test_metrics_are_those_worked_out_by_hand() -> None:
     assert metrics["ece"] == pytest.approx((0.2 + 0.6 + 0.5 + 0.3) / 4, abs=1e-6)
     assert per_class(PROBABILITIES, LABELS, ["a", "b", "c"]) == {"a": 1.0, "b": 0.5, "c": 1.0}
     assert confusion(PROBABILITIES, LABELS).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_every_row_is_measured_in_its_order_and_two_of_them_while_training() -> None:
+    assert list(measure(PROBABILITIES, LABELS)) == [metric.name for metric in METRICS] == ["top1", "top5", "nll", "ece"]
+    logits = np.log(PROBABILITIES)
+    both = outputs(logits, logits, LABELS)
+    assert list(sources(both, 0.5, 1.0, logits)) == [source.name for source in SOURCES]
+    assert list(quick(both)) == [
+        f"val/{source}/{metric}" for source in ("ce_head", "kd_head", "combined") for metric in ("top1", "nll")
+    ]
+
+
+def test_the_table_shows_each_source_that_was_measured_and_a_dash_for_a_metric_that_was_not() -> None:
+    test = {
+        "ce_head": {"top1": 0.5, "top5": 1.0, "nll": 0.25, "ece": 0.0625, "per_class": {}},
+        "combined": {"top1": 0.12345},
+        "teacher": {"ece": 0.5},
+        "images": 100,
+    }
+    columns, rows = table({"alpha": 0.4, "beta": 0.5, "test": test})
+    assert columns == ["test", "top-1", "top-5", "NLL", "ECE"]
+    assert rows == [
+        ["teacher, zero-shot", "-", "-", "-", "0.500"],
+        ["CE head", "50.00 %", "100.00 %", "0.250", "0.062"],
+        ["combined (alpha 0.4, beta 0.5)", "12.35 %", "-", "-", "-"],
+    ]
 
 
 def test_a_class_without_images_has_no_accuracy_rather_than_zero() -> None:

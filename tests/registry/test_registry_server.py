@@ -1,4 +1,4 @@
-"""The registry on a real MLflow server: PostgreSQL, S3 artifacts, users and permissions, and the server killed half-way."""
+"""The registry on a real MLflow server: PostgreSQL, S3 artifacts, permissions, and the server killed half-way."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mlflow.server.auth.client import AuthServiceClient
 
 from dho.config import Config, StudentConfig, from_dict, to_dict
 from dho.core.errors import TrackingError
-from dho.registry import lease as claims
-from dho.registry.lineage import Sources
+from dho.core.workspace import Workspace
+from dho.registry import lease as leases
 from dho.registry.promote import history, promote, rollback
 from dho.registry.register import register
 from dho.student.model import Student
@@ -50,8 +50,8 @@ class House:
         self.patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         return connect(self.config.tracking)
 
-    def trained(self, name: str, seed: int) -> tuple[Config, list[Any]]:
-        """A student and its run; the arguments for `register`, for a registered model of this name."""
+    def trained(self, name: str, seed: int) -> tuple[Config, Workspace]:
+        """A student and its run; the arguments of `register`, for a registered model of this name."""
         client = MlflowClient()
         experiment = client.get_experiment_by_name(self.config.tracking.experiment)
         number = experiment.experiment_id if experiment else client.create_experiment(self.config.tracking.experiment)
@@ -67,13 +67,20 @@ class House:
             9,
             {"dataset": "d" * 64},
         )
-        save_student(self.folder / name / "student", student, card)
-        (self.folder / name / "metrics.json").write_text(json.dumps({"alpha": 0.4, "beta": 0.5}))
+        folder = self.folder / name
+        workspace = Workspace(
+            folder,
+            prepared=self.tiny.prepared,
+            teacher=self.tiny.store_folder,
+            trained=folder,
+            evaluated=folder,
+            registered=folder / "out.json",
+        )
+        save_student(workspace.student, student, card)
+        workspace.metrics.write_text(json.dumps({"alpha": 0.4, "beta": 0.5}))
         tree = to_dict(self.config)
         tree["registry"] = {"name": name, "rules": {"min_gain": -1.0, "max_class_drop": 1.0}}
-        folder = self.folder / name
-        sources = Sources(self.tiny.prepared, self.tiny.store_folder, folder, folder)
-        return from_dict(tree), [folder / "student", folder / "metrics.json", folder / "out.json", sources]
+        return from_dict(tree), workspace
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +111,13 @@ def _models(client: MlflowClient, config: Config) -> list[Any]:
 
 def test_a_student_is_registered_promoted_loaded_and_rolled_back_on_postgresql_and_s3(house: House) -> None:
     client = house.log_in("releaser")
-    config, arguments = house.trained("whole", 0)
-    first = register(config, *arguments)
-    assert promote(config, house.tiny.prepared).promoted
-    config, arguments = house.trained("whole", 1)
-    second = register(config, *arguments)
+    config, workspace = house.trained("whole", 0)
+    first = register(config, workspace)
+    assert promote(config, house.tiny.workspace).promoted
+    config, workspace = house.trained("whole", 1)
+    second = register(config, workspace)
     assert (first["version"], second["version"]) == (1, 2)
-    assert promote(config, house.tiny.prepared).promoted
+    assert promote(config, house.tiny.workspace).promoted
     assert client.get_model_version("whole", "2").source.startswith("models:/")
     location = client.get_logged_model(second["model_id"]).artifact_location
     assert location.startswith("mlflow-artifacts:")
@@ -136,7 +143,7 @@ def test_a_user_who_may_read_can_load_and_not_promote_and_wrong_credentials_are_
     before = client.get_registered_model("whole")
     assert mlflow.pyfunc.load_model("models:/whole@champion").metadata.metadata["heads"] == ["ce", "kd"]
     with pytest.raises(TrackingError, match="does not allow reader to do this: it cannot promote version 2") as caught:
-        promote(config, house.tiny.prepared)
+        promote(config, house.tiny.workspace)
     assert "\n" not in str(caught.value)
     after = client.get_registered_model("whole")
     assert (before.aliases, before.tags) == (after.aliases, after.tags)
@@ -148,7 +155,7 @@ def test_a_user_who_may_read_can_load_and_not_promote_and_wrong_credentials_are_
 
 def test_a_server_killed_while_registering_leaves_one_version_and_no_alias_of_a_half_one(house: House) -> None:
     client = house.log_in("releaser")
-    config, arguments = house.trained("killed", 2)
+    config, workspace = house.trained("killed", 2)
     count = len(_models(client, config))
 
     def dying(method: str, after: bool) -> None:
@@ -163,7 +170,7 @@ def test_a_server_killed_while_registering_leaves_one_version_and_no_alias_of_a_
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MlflowClient, method, die)
             with pytest.raises(TrackingError) as caught:
-                register(config, *arguments)
+                register(config, workspace)
             assert "\n" not in str(caught.value)
         house.server.start()
         assert "candidate" not in client.get_registered_model("killed").aliases
@@ -172,7 +179,7 @@ def test_a_server_killed_while_registering_leaves_one_version_and_no_alias_of_a_
     assert client.search_model_versions("name = 'killed'") == []
     dying("create_model_version", after=True)
     assert len(client.search_model_versions("name = 'killed'")) == 1
-    done = register(config, *arguments)
+    done = register(config, workspace)
     assert done["version"] == 1 and len(client.search_model_versions("name = 'killed'")) == 1
     assert client.get_registered_model("killed").aliases["candidate"] in (1, "1")
     assert client.get_model_version("killed", "1").status == "READY"
@@ -193,12 +200,12 @@ def test_a_server_killed_while_promoting_is_caught_up_by_the_next_promotion(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", die)
         with pytest.raises(TrackingError, match="cannot promote version 1 of killed"):
-            promote(config, house.tiny.prepared)
+            promote(config, house.tiny.workspace)
     house.server.start()
     assert history(client, "killed") == []
-    monkeypatch.setattr(claims, "SKEW_S", -claims.LEASE_S)  # the claim of the one that died has run out
-    assert promote(config, house.tiny.prepared).promoted
+    monkeypatch.setattr(leases, "SKEW_S", -leases.LEASE_S)  # the lease of the one that died has run out
+    assert promote(config, house.tiny.workspace).promoted
     assert [entry["to"] for entry in history(client, "killed")] == ["1"]
     model = client.get_registered_model("killed")
-    assert str(model.aliases["champion"]) == "1" and not [key for key in model.tags if key.startswith(claims.PREFIX)]
+    assert str(model.aliases["champion"]) == "1" and not [key for key in model.tags if key.startswith(leases.PREFIX)]
     assert client.get_model_version("killed", "1").tags["promoted.by"] == "releaser"

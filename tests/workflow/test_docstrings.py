@@ -1,4 +1,4 @@
-"""Examples in docstrings are real: Python parses and its calls bind to the signatures there are, commands are ones that exist."""
+"""Examples in docstrings are real: Python parses and its calls bind to the signatures, commands exist."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Example:
 
 
 def blocks(docstring: str) -> Iterator[str]:
-    """Indented blocks that follow a blank line; the sections of Google's style (Args: ...) follow their heading at once."""
+    """Indented blocks that follow a blank line; Google's sections (Args: ...) follow their heading at once."""
     lines = inspect.cleandoc(docstring).splitlines()
     number = 0
     while number < len(lines):
@@ -209,9 +209,9 @@ class Binder(ast.NodeVisitor):
     def value_of(self, node: ast.expr) -> Any:
         """The object that an expression means: a function bound as far as it goes, a class, or Any."""
         if isinstance(node, ast.Name):
-            if node.id in self.classes or node.id in KNOWN and node.id not in self.names:
+            if node.id in self.classes or (node.id in KNOWN and node.id not in self.names):
                 kind = self.class_of(node)
-                return getattr(kind, "__call__", Any) if kind is not Any else Any
+                return lambda_without_self(kind.__call__) if kind is not Any and "__call__" in vars(kind) else Any
             assert node.id in self.names or node.id in self.loose_names(), f"{node.id} is not defined"
             return self.names.get(node.id, Any)
         if isinstance(node, ast.Attribute):
@@ -259,14 +259,15 @@ class Binder(ast.NodeVisitor):
 
     def loose_names(self) -> set[str]:
         """Data that examples take for granted: arrays, tensors and texts under the names of design.md."""
-        return {
-            "action", "alpha", "answers", "batch", "beta", "build", "card", "checks", "champion", "candidate", "classes",
-            "class_names", "colour", "content", "counts", "criteria", "data", "device", "documents", "embeddings", "evidence",
-            "files", "folder", "fingerprint", "generator", "image", "images", "items", "job", "labels", "launch", "logits",
-            "name", "namespace", "network", "optimizer", "outputs", "package", "params", "path", "pixels", "prepared",
-            "probabilities", "remote", "revision", "rows", "rules", "sha256", "source", "stage", "state", "templates", "test",
-            "text_weights", "tracker", "uri", "values", "version", "view", "views",
-        }  # fmt: skip
+        names = """
+        action alpha answers batch beta build card checks champion candidate classes class_names
+        colour content counts criteria data device documents embeddings evidence files folder
+        fingerprint generator image images items job labels launch logits name namespace network
+        optimizer outputs package params path pixels prepared probabilities remote revision rows
+        rules sha256 source stage state templates test text_weights tracker uri values version view
+        views
+        """
+        return set(names.split())
 
 
 def attributes_set(kind: type) -> set[str]:

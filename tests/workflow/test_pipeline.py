@@ -1,4 +1,4 @@
-"""The whole workflow through DVC, on a folder of the user's own images: JPEGs of mixed sizes and modes, some of them broken.
+"""The whole workflow through DVC, on a folder of the user's own images: JPEGs of mixed sizes and modes, some broken.
 
 Nothing differs from a fresh clone but `params.yaml`.
 """

@@ -159,7 +159,8 @@ def test_a_new_methods_projection_is_in_optimizer_ddp_and_checkpoint_and_survive
 def test_ddp_averages_the_gradients_of_what_a_method_trains_beside_the_student(
     tree: Tree, tiny: Tiny, tmp_path: Path
 ) -> None:
-    # Two ranks with half of each batch take the step of one process with all of it: without BatchNorm, but for rounding.
+    # Two ranks with half of each batch take the step of one process with all of it: without BatchNorm, but for
+    # rounding.
     weights = []
     for processes in (1, 2):
         folder = tiny.workplace(
@@ -191,7 +192,7 @@ def shop(tree: Tree, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_new_classifier_is_what_teaches_and_what_is_compared(tree: Tree, shop: Path, tiny: Tiny) -> None:
+def test_a_new_classifier_is_what_teaches_and_what_is_compared(tree: Tree, shop: Path) -> None:
     metrics = json.loads(Workspace(shop).metrics.read_text())
     code = (
         "from dho.config import load; from dho.data.index import Index; from dho.teacher.store import TeacherStore\n"
@@ -216,7 +217,8 @@ def test_a_new_metric_is_measured_printed_tracked_and_registered(tree: Tree, sho
     code = (
         "import mlflow; client = mlflow.MlflowClient('sqlite:///mlflow.db')\n"
         "version = client.get_model_version_by_alias('recipes', 'candidate')\n"
-        "print(client.get_run(version.run_id).data.metrics['test/combined/brier'], version.tags['test/combined/brier'])\n"
+        "metrics = client.get_run(version.run_id).data.metrics\n"
+        "print(metrics['test/combined/brier'], version.tags['test/combined/brier'])\n"
         "print(version.description)"
     )
     output = tree.python(code, shop)

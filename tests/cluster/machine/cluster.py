@@ -1,9 +1,10 @@
-"""The cluster of the tests, and what happens to real ones: nodes die and come back, disks and memory fill up, the API server is away.
+"""The cluster of the tests, and what happens to real ones: nodes die, disks and memory fill up, the API server is away.
 
     cluster.kubectl("get", "pods")              # in the namespace of the tests
     cluster.lose_node("node-2"); cluster.start_node("node-2")
 
-On our own cluster (cluster.sh; DHO_CLUSTER is its folder) all of it works; on another one what needs the machine below is skipped.
+On our own cluster (cluster.sh; DHO_CLUSTER is its folder) all of it works; on another one what needs the machine below
+is skipped.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ import pytest
 import yaml
 
 from dho.cluster import api
+from dho.cluster.pytorchjob import PyTorchJob
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 USER = 10001
 AT_ONCE = "--server-side"
-"""For what two test processes may make at once: else kubectl asks first and then creates, and one of them is told AlreadyExists."""
+"""For what two test processes may make at once: otherwise kubectl asks, then creates, and one of them is refused."""
 
-# Fills the container's memory with processes that are each smaller than a trainer, so that the kernel chooses a trainer to kill; then ends.
+# Fills the container's memory with processes that are each smaller than a trainer, so that the kernel chooses a trainer
+# to kill; then ends.
 OVERFILL = """
 import glob, os, select, signal, time
 def trainers():
     found = set()
     for stat in glob.glob("/proc/[0-9]*/stat"):
         try:
-            if open(stat).read().rsplit(")", 1)[1].split()[1] == "1" and "train" in open(stat.replace("stat", "cmdline")).read():
+            first = open(stat).read().rsplit(")", 1)[1].split()[1] == "1"
+            if first and "train" in open(stat.replace("stat", "cmdline")).read():
                 found.add(stat)
         except OSError:
             pass
@@ -57,7 +61,8 @@ try:
             os._exit(0)
         os.close(fills)  # so that one the kernel has chosen instead is not waited for
         children.append(child)
-        # One at a time, however slow: those under way would otherwise go on filling after a trainer is gone, until torchrun is the largest.
+        # One at a time, however slow: those under way would otherwise go on filling after a trainer is gone, until
+        # torchrun is the largest.
         while before <= trainers() and not select.select([full], [], [], 0.1)[0]:
             pass
         os.close(full)
@@ -108,13 +113,13 @@ class Cluster:
         return items
 
     def kustomize(self, overlay: str) -> list[dict[str, Any]]:
-        """The documents of k8s/overlays/<overlay>."""
-        return list(yaml.safe_load_all(self.kubectl("kustomize", str(ROOT / "k8s/overlays" / overlay))))
+        """The documents of k8s/pytorchjob/overlays/<overlay>."""
+        return list(yaml.safe_load_all(self.kubectl("kustomize", str(ROOT / "k8s/pytorchjob/overlays" / overlay))))
 
     @functools.cached_property
     def client(self) -> api.Cluster:
         """For what is asked every second: a kubectl takes 70 ms of CPU each time, and what is watched needs it."""
-        return api.connect(self.namespace)
+        return api.connect(self.namespace, PyTorchJob())
 
     def make_namespace(self, name: str) -> None:
         """A namespace in which PodSecurity `restricted` is enforced."""
@@ -139,8 +144,9 @@ class Cluster:
         self.apply([{
             "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"{namespace}-{claim}"},
             "spec": {
-                "capacity": {"storage": size}, "accessModes": ["ReadWriteOnce", "ReadWriteMany"], "persistentVolumeReclaimPolicy": "Retain",
-                "claimRef": {"namespace": namespace, "name": claim}, "hostPath": {"path": str(folder), "type": "Directory"},
+                "capacity": {"storage": size}, "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+                "persistentVolumeReclaimPolicy": "Retain", "claimRef": {"namespace": namespace, "name": claim},
+                "hostPath": {"path": str(folder), "type": "Directory"},
             },
         }], AT_ONCE)  # fmt: skip
 
@@ -192,7 +198,7 @@ class Cluster:
     def overfill_memory(self, pod: str) -> None:
         """Take all the memory that a pod's container may have, until the kernel kills a trainer in it."""
         # The kernel may end this command as well; its last word does not matter, the test looks at the job.
-        self.kubectl("exec", pod, "-c", "pytorch", "--", "python", "-c", OVERFILL, check=False, timeout=180)
+        self.kubectl("exec", pod, "-c", PyTorchJob.container, "--", "python", "-c", OVERFILL, check=False, timeout=180)
 
     def lose_node(self, node: str) -> None:
         """Power off: every process of the node dies at once; returns when the control plane has noticed."""

@@ -11,7 +11,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/dho-cluster; D=$cache/cluster store=$cache
 programs=$cache/programs/$(cat "$here"/programs/build.sh "$here"/programs/*/{go.mod,go.sum,*.go} 2>/dev/null | sha256sum | cut -c1-16)
 
 image_of() { sed -n 's/^ *image: \([^ {}]*\).*/\1/p' "$root/k8s/$1" | sort -u | head -n 1; }
-DHO=$(image_of base/pytorchjob.yaml)
+DHO=$(image_of pytorchjob/base/pytorchjob.yaml)
 POSTGRES=$(image_of platform/postgres.yaml)
 SEAWEEDFS=$(image_of platform/s3.yaml)
 

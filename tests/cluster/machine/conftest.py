@@ -1,4 +1,4 @@
-"""Fixtures of the tests on a real cluster; `make cluster-test` runs them (tests/cluster/machine/cluster.sh), `make test` does not."""
+"""Fixtures of the tests on a real cluster; `make cluster-test` runs them (cluster.sh), `make test` does not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    """The cluster, with namespace `dho`: PodSecurity `restricted` enforced, a volume for PersistentVolumeClaim dho-checkpoints."""
+    """The cluster, with namespace `dho`: PodSecurity `restricted` enforced, a volume for claim dho-checkpoints."""
     if os.environ.get("DHO_TEST_CLUSTER") != "1" or "KUBECONFIG" not in os.environ:
         pytest.exit(
             "these tests need a cluster: `make cluster-test`, or KUBECONFIG and DHO_TEST_CLUSTER=1 for one of yours",
@@ -99,8 +99,9 @@ def publish(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Cal
         (folder / ".dvc").mkdir()
         remote = platform.environment
         (folder / ".dvc/config").write_text(
-            f"[core]\n    no_scm = true\n    analytics = false\n    remote = cluster\n[cache]\n    dir = {ROOT / '.dvc/cache'}\n"
-            f"['remote \"cluster\"']\n    url = {remote['DHO_REMOTE']}\n    endpointurl = {remote['AWS_ENDPOINT_URL']}\n"
+            "[core]\n    no_scm = true\n    analytics = false\n    remote = cluster\n"
+            f"[cache]\n    dir = {ROOT / '.dvc/cache'}\n['remote \"cluster\"']\n    url = {remote['DHO_REMOTE']}\n"
+            f"    endpointurl = {remote['AWS_ENDPOINT_URL']}\n"
         )
         platform.wait_for_s3()
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""PyTorchJobs of the tests: start one, watch its steps, hurt it, and see that its record is that of an undisturbed training."""
+"""Jobs of the tests: start one, watch its steps, hurt it, and see that its record is an undisturbed training's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from mlflow import MlflowClient
 
-from dho.cluster.api import JOB_LABEL
+from dho.cluster.pytorchjob import PyTorchJob
 from dho.core.errors import ClusterError
 
 PATIENCE_S = 420
@@ -55,7 +55,7 @@ class Job:
         ]
 
     def pods(self) -> list[dict[str, Any]]:
-        return self.cluster.pods(f"{JOB_LABEL}={self.name}")
+        return self.cluster.pods(PyTorchJob().selector(self.name))
 
     def pod(self, replica: str) -> str:
         """Name of a replica's pod: `master-0`, `worker-1`."""
@@ -65,7 +65,7 @@ class Job:
         return str(self.cluster.get("pod", self.pod(replica))["spec"]["nodeName"])
 
     def logs(self, **options: Any) -> str:
-        """Logs of all pods' containers `pytorch` as they are now; of pods that have none yet, nothing."""
+        """Logs of all pods' containers that train as they are now; of pods that have none yet, nothing."""
         texts = []
         for pod in self.pods():
             with contextlib.suppress(ClusterError):
@@ -81,7 +81,7 @@ class Job:
         self._wait_beyond(step - 1, self.step, "step", pause_s=1)
 
     def wait_for_checkpoint(self, beyond: int) -> int:
-        """Wait until there is a checkpoint of a later step than `beyond`, and training is not over; returns its step."""
+        """Wait for a checkpoint of a later step than `beyond`, while training is not over; returns its step."""
         return self._wait_beyond(beyond, self.cluster.newest_checkpoint, "checkpoint", pause_s=0.3)
 
     def _wait_beyond(self, beyond: int, newest: Callable[[], int], what: str, pause_s: float) -> int:
@@ -93,7 +93,7 @@ class Job:
         return found
 
     def wait_for_log(self, words: str, patience_s: float = 60) -> None:
-        """Wait until a pod's log holds the words; ask before the job's end, with which the workers' pods and logs go."""
+        """Wait until a pod's log holds the words; ask before the job ends, as the workers' pods go with it."""
         deadline = time.monotonic() + patience_s
         while words not in self.logs():
             assert time.monotonic() < deadline, f"no log says {words!r} within {patience_s} s\n{self.story()}"
@@ -109,7 +109,7 @@ class Job:
 
     def kill_trainers(self, replica: str) -> None:
         """SIGKILL to a pod's trainers, not to its torchrun."""
-        self.cluster.kubectl("exec", self.pod(replica), "-c", "pytorch", "--", "python", "-c", KILL_TRAINERS)
+        self.cluster.kubectl("exec", self.pod(replica), "-c", PyTorchJob.container, "--", "python", "-c", KILL_TRAINERS)
 
     def story(self) -> str:
         """What a person would look at after a failure."""

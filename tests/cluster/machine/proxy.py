@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server: one client loses its connections while all others keep theirs, and its traffic can be measured."""
+"""A TCP proxy in front of a server: one client loses its connections, all others keep theirs; traffic is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The servers that jobs need, from k8s/platform: MLflow on PostgreSQL, and S3. Secrets are made here, as docs/platform.md tells."""
+"""The servers that jobs need, from k8s/platform: MLflow on PostgreSQL, and S3; Secrets as in docs/platform.md."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ class Platform:
             self._wait(workload)
 
     def wait_for_s3(self) -> None:
-        """Wait until S3 answers here: a node that was NotReady, if only as the API server was away, takes its pods out of the services."""
+        """Wait until S3 answers here.
+
+        Pods of a node that was NotReady, if only because the API server was away, are out of the services for a while.
+        """
 
         def answers() -> bool:
             with contextlib.suppress(OSError):

@@ -1,5 +1,7 @@
-"""`dho launch` against the real cluster: jobs that cannot start are explained, a job of 64 nodes is followed by watching, jobs are listed
-and stopped. What it does while nodes and servers are lost is in test_training.py."""
+"""`dho launch` against the real cluster: jobs that cannot start are explained, 64 nodes are followed by watching.
+
+What it does while nodes and servers are lost is in test_training.py.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ class Space:
         return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`dho launch` that Ctrl-C reaches, also where these tests run in the background of a shell, which takes it from its children."""
+        """`dho launch` that Ctrl-C reaches, also in the background of a shell, which makes its children ignore it."""
         return subprocess.Popen(
             self.command("launch", "--revision", REVISION, "--name", "job", *arguments),
             cwd=ROOT,
@@ -120,7 +122,7 @@ CANNOT_START = {
 
 @pytest.fixture(scope="module")
 def launched(cluster: Cluster) -> dict[str, tuple[subprocess.CompletedProcess[str], str]]:
-    """All of them at the same time: what `dho launch` said, and the jobs there were afterwards. Gone when another test adds nodes."""
+    """All of them at the same time: what `dho launch` said, and the jobs afterwards; gone when a test adds nodes."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(CANNOT_START)) as pool:
         spaces = {name: stack.enter_context(made(cluster)) for name in CANNOT_START}
         done = {name: pool.submit(trouble.launch, spaces[name]) for name, trouble in CANNOT_START.items()}
@@ -155,12 +157,11 @@ def test_a_job_in_kueues_queue_waits_and_is_listed_and_stopped(space: Space) -> 
     assert launch.returncode == INTERRUPTED
     where = f"--namespace {space.name}"
     assert (
-        rest
-        == f"launch: job goes on without this; `dho logs job -f {where}` follows it, `dho stop job {where}` removes it\n"
+        rest == f"launch: job keeps running; `dho logs job -f {where}` follows it, `dho stop job {where}` removes it\n"
     )
     again = space.launch()
     assert again.returncode == 1
-    assert again.stderr.startswith("dho: job job is there already (Suspended): ") and again.stderr.count("\n") == 1
+    assert again.stderr.startswith("dho: job job exists already (Suspended): ") and again.stderr.count("\n") == 1
     listed = space.dho("jobs").stdout
     assert re.search(r"job .*Suspended .*2", listed), listed
     assert space.dho("stop", "job").returncode == 0

@@ -1,21 +1,22 @@
-"""Everything under k8s/ is taken by a real API server with the operator's webhook, strictly; pods run under PodSecurity `restricted`."""
+"""Everything under k8s/ is accepted by a real API server, strictly; pods run under PodSecurity `restricted`."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 from cluster import ROOT, Cluster
 
 from dho.cluster import schema
-from dho.cluster.manifest import Launch, kind, render
+from dho.cluster.job import Launch, of_kind
+from dho.cluster.manifest import render
+from dho.cluster.pytorchjob import PyTorchJob
 
 STRICT = ("--dry-run=server", "--validate=strict")
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/pytorchjob/overlays").iterdir())
 
 
 def test_the_file_alone_is_accepted(cluster: Cluster) -> None:
@@ -25,7 +26,7 @@ def test_the_file_alone_is_accepted(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_is_accepted(cluster: Cluster, overlay: str) -> None:
-    said = cluster.kubectl("apply", "-k", str(ROOT / "k8s/overlays" / overlay), *STRICT).splitlines()
+    said = cluster.kubectl("apply", "-k", str(ROOT / "k8s/pytorchjob/overlays" / overlay), *STRICT).splitlines()
     assert len(said) == 5 and all("(server dry run)" in line for line in said), said
 
 
@@ -65,11 +66,11 @@ def restricted(cluster: Cluster) -> Iterator[str]:
 
 @pytest.mark.parametrize("role", ["Master", "Worker"])
 def test_pods_are_ones_that_podsecurity_restricted_admits(cluster: Cluster, restricted: str, role: str) -> None:
-    """A PyTorchJob is admitted whatever its pods are; what they are is seen here, and with the operator's additions in test_training.py."""
+    """A PyTorchJob is admitted whatever its pods are; test_training.py runs them with what the operator adds."""
     template = render(Launch(gpus=8))[-1]["spec"]["pytorchReplicaSpecs"][role]["template"]
     metadata = {**template["metadata"], "name": f"check-{role.lower()}"}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
-    cluster.apply([kind(render(Launch()), "ServiceAccount")], namespace=restricted)
+    cluster.apply([of_kind(render(Launch()), "ServiceAccount")], namespace=restricted)
     said = cluster.apply([pod], *STRICT, namespace=restricted)
     assert said == f"pod/check-{role.lower()} created (server dry run)\n"
     template["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
@@ -81,9 +82,7 @@ def test_the_schema_that_dho_launch_checks_with_is_the_operators_own(cluster: Cl
     if cluster.own is None:
         pytest.skip("the operator's files are not at hand on this cluster")
     crd = yaml.load((cluster.own / "programs/manifests/kubeflow.org_pytorchjobs.yaml").read_text(), yaml.CSafeLoader)
-    assert json.loads(
-        gzip.decompress(Path(schema.__file__).with_name(schema.SCHEMA).read_bytes())
-    ) == schema.schema_of_crd(crd)
+    assert json.loads(gzip.decompress(PyTorchJob.schema.read_bytes())) == schema.schema_of_crd(crd)
 
 
 def test_the_patch_of_the_operator_fits_its_deployment(cluster: Cluster) -> None:

@@ -16,13 +16,14 @@ from servers import Platform
 PAGE = (ROOT / "docs/platform.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```\n", PAGE, re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
-    "kubectl apply --server-side -k": "fetches the operator's manifests from GitHub; the cluster has the same version of it",
+    "kubectl apply --server-side -k": "fetches the operator's manifests from GitHub; the cluster has the same version",
     "kubectl -n kubeflow": "the operator of the tests is no Deployment; test_manifests.py applies the patch to one",
     "dho publish": "test_platform.py",
     "dho logs": "test_launcher.py and test_training.py, as is dho stop",
     "dho stop": "",
 }
-# What would change the cluster is sent to the API server as a dry run; what an earlier test has made may be there already.
+# What would change the cluster is sent to the API server as a dry run; what an earlier test has made may be there
+# already.
 SHELL = """
 set -euo pipefail
 kubectl() {

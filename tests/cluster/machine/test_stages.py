@@ -1,4 +1,4 @@
-"""`launch.target: kubernetes` in params.yaml is all it takes: `dvc repro` runs `teach` and `train` on the cluster, the others here."""
+"""With `launch.target: kubernetes` in params.yaml `dvc repro` runs teach and train on the cluster, the rest here."""
 
 from __future__ import annotations
 

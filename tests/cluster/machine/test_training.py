@@ -1,4 +1,4 @@
-"""The main job on the cluster, undisturbed and then hurt in every way: each ends Succeeded, as one run, with the same result."""
+"""The main job on the cluster, undisturbed and then hurt in every way: each succeeds, as one run, with one result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jobs import Job, measured, with_revision
 ROOT = Path(__file__).parents[3]
 TRAIN = {"log_every": 20, "checkpoint_every": 30}
 NARROW = {"model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}}
-"""A quarter of the work a step: what is shown with it is that training goes on. The undisturbed job trains the real student."""
+"""A quarter of the work per step: it shows that training continues. The undisturbed job trains the real student."""
 EPOCHS = 2
 """Of the narrow student, so that there is time for several troubles."""
 
@@ -86,7 +86,7 @@ def start(cluster: Any, platform: Any, request: pytest.FixtureRequest) -> Iterat
 
 
 def trained_here(work: Path) -> dict[str, float]:
-    """Test metrics of the training that a folder was published for: `torchrun --nproc-per-node 2`, with what CPU time the pods leave."""
+    """Test metrics of the training that a folder was published for: 2 processes, with what CPU time the pods leave."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in (["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dho", "train"], ["dho", "evaluate"]):
@@ -151,8 +151,9 @@ def test_a_killed_process_a_deleted_pod_the_memory_limit_a_full_volume_and_mlflo
         newest = cluster.newest_checkpoint()
         if newest % TRAIN["checkpoint_every"]:  # else it may be one that was due; once more
             break
-    found = f"the newest checkpoint is of step {newest}, the last due one of {before}: none was made for the signal in the grace period"
-    assert newest > before and newest % TRAIN["checkpoint_every"], f"{found}\n{job.story()}"
+    steps = f"the newest checkpoint is of step {newest}, the last due one of {before}"
+    late = f"{steps}: none was made for the signal in the grace period"
+    assert newest > before and newest % TRAIN["checkpoint_every"], f"{late}\n{job.story()}"
 
     job.wait_for_checkpoint(newest)
     # Shared memory counts for the container, and the kernel then kills its largest process: the trainer.

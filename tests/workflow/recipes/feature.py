@@ -12,7 +12,7 @@ from dho.student.model import Student
 
 
 class FeatureDistillation(Method):
-    """L = lambda L_CE + (1 - lambda) L_FD, with L_FD the squared error to the L2-normalised embedding, summed over its width."""
+    """L = lambda L_CE + (1 - lambda) L_FD; L_FD is the squared error to the embedding, summed over its width."""
 
     heads = ("ce",)
     streams = ("labelled", "unlabelled")

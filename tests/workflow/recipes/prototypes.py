@@ -1,4 +1,4 @@
-"""A classifier on the teacher's embeddings that is more certain than zero-shot: its cosines are scaled twice as much."""
+"""A classifier on the teacher's embeddings that is more certain than zero-shot: cosines are scaled twice as much."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole workflow inside the image (test.sh), by its commands: drawn pictures, teacher, 20 training steps, evaluation, a prediction."""
+"""A whole workflow inside the image (test.sh): drawn pictures, teacher, 20 training steps, evaluation, a prediction."""
 
 import csv
 import subprocess
