@@ -18,8 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # MPO opens as JPEG; Pillow has no opener of that name
 MAX_PIXELS = 50_000_000
 """Of an image, unless `data.max_pixels` says another number."""
-HEADS = ("ce", "kd")
-"""The heads of a student: the one that learns from labels, and the one that learns from the teacher."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 HEADS = ("ce", "kd")

@@ -30,6 +30,7 @@ from dho.config import TrackingConfig
 from dho.core.errors import TrackingError
 from dho.core.files import sync, write_atomically
 from dho.tracking.server import REQUEST_S, connect, experiment_id, one_line, post, reason, shown, tracking_uri
+from dho.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,7 +76,7 @@ class Tracker:
 
         self._batch = BATCH_METRICS
         self._refused: set[str] = set()
-        self._every, self._collectors = system_metrics_every, _system_collectors()
+        self._every, self._system = system_metrics_every, SystemMetrics()
         self._process, self._status, self._deadline = os.getpid(), "", math.inf
         self._stop, self._ended, self._failure = threading.Event(), False, "no answer yet"
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
@@ -388,30 +389,7 @@ class Tracker:
     def _sample(self) -> None:
         """Log system metrics under MLflow's own names; their step is the time since the run began, seconds."""
         try:
-            values: dict[str, float] = {}
-            for collector in self._collectors:
-                collector.collect_metrics()
-                values |= {f"system/{key}": value for key, value in collector.aggregate_metrics().items()}
-                collector.clear_metrics()
-            self.log_metrics(values, (time.time_ns() // 1_000_000 - self._started_ms) // 1000)
+            self.log_metrics(self._system.read(), (time.time_ns() // 1_000_000 - self._started_ms) // 1000)
         except Exception as error:
             log.warning("no more system metrics: %s", reason(error))
-            self._collectors = []
-
-
-def _system_collectors() -> list[Any]:
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    # A slice of a GPU (MIG) has no utilisation counter, of which the collector would warn at every sample.
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-    collectors: list[Any] = []
-    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-        with contextlib.suppress(Exception):  # no GPU, no network
-            collectors.append(kind())
-    for collector in collectors[:1]:
-        collector.collect_metrics()  # a process's first reading of the CPU is always 0
-        collector.clear_metrics()
-    return collectors
+            self._system.stop()
