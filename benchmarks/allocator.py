@@ -1,7 +1,10 @@
-"""What keeping freed memory (dho/core/allocator.py) saves a step on a CPU: `python benchmarks/allocator.py`
+"""Measure what keeping freed memory (`dho/core/allocator.py`) saves on a CPU.
 
-In turns, in processes of their own because the setting cannot be taken back: steps of the bare student as glibc comes, and with its freed
-memory kept. Prints images/s and page faults a step of each; the last line is the median ratio kept / as it comes.
+    python benchmarks/allocator.py
+
+In turns, in processes of their own because the setting cannot be undone: steps of the bare student with glibc's
+default, which returns freed memory to the kernel, and with freed memory kept. Prints images per second and page faults
+per step of each; the last line is the median ratio kept / returned.
 """
 
 from __future__ import annotations
@@ -23,17 +26,18 @@ ROUNDS, WARM_UP, STEPS, CLASSES = 3, 20, 80, 10
 def main() -> None:
     ratios = []
     for number in range(ROUNDS):
-        rates = {name: measured(name) for name in ("given back", "kept")}
-        ratios.append(rates["kept"][0] / rates["given back"][0])
-        said = ", ".join(
-            f"{name}: {rate:,.0f} images/s, {faults:,.0f} page faults a step" for name, (rate, faults) in rates.items()
+        rates = {name: measured(name) for name in ("returned", "kept")}
+        ratios.append(rates["kept"][0] / rates["returned"][0])
+        message = ", ".join(
+            f"{name}: {rate:,.0f} images/s, {faults:,.0f} page faults per step"
+            for name, (rate, faults) in rates.items()
         )
-        print(f"round {number + 1}: {said}", flush=True)
+        print(f"round {number + 1}: {message}", flush=True)
     print(f"ratio {statistics.median(ratios):.2f}")
 
 
 def measured(name: str) -> tuple[float, float]:
-    """Images/s and page faults a step, measured in a new process."""
+    """Return images per second and page faults per step, measured in a new process."""
     command = [sys.executable, __file__, name, str(WARM_UP), str(STEPS)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rate, faults = map(float, answer.split())
@@ -41,6 +45,7 @@ def measured(name: str) -> tuple[float, float]:
 
 
 def one(name: str, warm_up: int, steps: int) -> None:
+    """Measure in this process, and print both numbers."""
     if name == "kept" and not keep_freed_memory():
         raise SystemExit("this C library is not glibc: nothing to measure")
     bare = Bare(load(), torch.device("cpu"), CLASSES)

@@ -1,7 +1,10 @@
-"""DHO against its baselines on the same data, store, schedule and seeds: `python benchmarks/compare_methods.py --seeds 3`
+"""Compare DHO with its baselines on the same data, store, schedule and seeds.
 
-Trains `ce`, `ce_kd` and `dho` once a seed with the parameters of params.yaml (everything but `train.method` and `train.seed` is the same),
-chooses alpha and beta on val, and prints the mean and standard deviation over the seeds of top-1 on test. Needs the data of `make repro`.
+    python benchmarks/compare_methods.py --seeds 3
+
+Trains `ce`, `ce_kd` and `dho` once per seed with the parameters of params.yaml (only `train.method` and `train.seed`
+differ), chooses alpha and beta on val, and prints the mean and standard deviation over the seeds of top-1 on test.
+Needs the data of `make repro`.
 """
 
 from __future__ import annotations
@@ -75,9 +78,8 @@ def main() -> None:
     Console().print(table)
     if {"dho combined", "ce_kd student"} <= set(top1):
         gains = [ours - theirs for ours, theirs in zip(top1["dho combined"], top1["ce_kd student"], strict=True)]
-        print(
-            f"dho combined - ce_kd student: {statistics.mean(gains):+.2f} points on average ({' '.join(f'{gain:+.2f}' for gain in gains)})"
-        )
+        each = " ".join(f"{gain:+.2f}" for gain in gains)
+        print(f"dho combined - ce_kd student: {statistics.mean(gains):+.2f} points on average ({each})")
 
 
 if __name__ == "__main__":

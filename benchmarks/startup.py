@@ -1,7 +1,9 @@
-"""How long it takes until dho answers: `python benchmarks/startup.py`
+"""Measure how long dho takes to start.
 
-In turns, in processes of their own: an empty Python, `import dho` and `dho --help`. Prints the median seconds of each; the
-last line is the ratio of `dho --help` to an empty Python.
+    python benchmarks/startup.py
+
+In turns, in processes of their own: an empty Python, `import dho` and `dho --help`. Prints the median seconds of each;
+the last line is the ratio of `dho --help` to an empty Python.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""What the teacher store saves: `python benchmarks/teacher_store.py [--teacher ViT-B-32] [--steps 40]`
+"""Measure what the teacher store saves.
 
-In one process, in turns: steps of the training loop with embeddings from the store, and the same steps with the teacher run on every
-view, rendered at its own input size. The last line is the median ratio of seconds an epoch, online / store. Needs the data of `make repro`.
-With `--teacher` any open_clip architecture stands in the teacher's place, with random weights: its cost does not depend on them.
+    python benchmarks/teacher_store.py --teacher ViT-B-32 --steps 40
+
+In one process, in turns: steps of the training loop with embeddings from the store, and the same steps with the
+teacher run on every view, rendered at its own input size. The last line is the median ratio of seconds per epoch,
+online / store. With `--teacher` any open_clip architecture takes the teacher's place, with random weights: its cost does
+not depend on them. Needs the data of `make repro`.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher", help="open_clip architecture (random weights) instead of the teacher of params.yaml"
     )
-    parser.add_argument("--steps", type=int, help="steps a round instead of a whole epoch")
+    parser.add_argument("--steps", type=int, help="steps per round instead of a whole epoch")
     arguments = parser.parse_args()
     config = load()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
@@ -64,21 +67,22 @@ def main() -> None:
                 seconds[name] = (time.perf_counter() - start) * steps / counted
             ratios.append(seconds["online"] / seconds["store"])
             print(
-                f"round {number + 1}: an epoch with the store {seconds['store']:.1f} s, with the teacher online {seconds['online']:.1f} s",
+                f"round {number + 1}: an epoch with the store {seconds['store']:.1f} s, "
+                f"with the teacher online {seconds['online']:.1f} s",
                 flush=True,
             )
     print(f"ratio {statistics.median(ratios):.2f}")
 
 
 def the_teacher(config: Config, architecture: str | None, device: torch.device) -> Teacher:
-    """The teacher of params.yaml, or an architecture of open_clip with random weights."""
+    """Return the teacher of params.yaml, or an architecture of open_clip with random weights."""
     if architecture is None:
         return Teacher.load(config.teacher, device)
     return Teacher(open_clip.create_model(architecture, load_weights=False), None, config.teacher, device)
 
 
 def online(trainer: Trainer, teacher: Teacher, config: Config) -> Iterator[tuple[int, Batch]]:
-    """The trainer's batches with embeddings that the teacher makes now, cut or filled to the store's width for the same losses."""
+    """Yield the trainer's batches with embeddings made now, cut or filled to the store's width for the same losses."""
     index, student = trainer.index, config.student
     make = functools.partial(
         both_sizes,
@@ -90,16 +94,17 @@ def online(trainer: Trainer, teacher: Teacher, config: Config) -> Iterator[tuple
     for step, (batch, for_teacher) in enumerate(loader(make, 0, trainer.streams.steps, trainer.streams.workers)):
         for name, pixels in for_teacher.items():
             embeddings = teacher.embed(pixels).half()
-            filled = embeddings.new_zeros(len(embeddings), trainer.store.dim)
+            padded = embeddings.new_zeros(len(embeddings), trainer.store.dim)
             width = min(embeddings.shape[1], trainer.store.dim)
-            filled[:, :width] = embeddings[:, :width]
-            batch[name]["embedding"] = filled
+            padded[:, :width] = embeddings[:, :width]
+            batch[name]["embedding"] = padded
         yield step, batch
 
 
 def both_sizes(
     plan: StreamPlan, student: Pixels, teacher: Pixels, labels: Any, step: int
 ) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """Render the batch of a step at both sizes: for the student, and pixels per stream for the teacher."""
     batch: Batch = {}
     for_teacher = {}
     for name in ("labelled", "unlabelled"):

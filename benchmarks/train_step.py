@@ -1,8 +1,11 @@
-"""How much of the bare student's speed the real training loop keeps: `python benchmarks/train_step.py`
+"""Measure how much of the bare student's speed the real training loop keeps.
 
-In one process, in turns, for as many epochs as `train.epochs` says: an epoch of the real loop (index, shards, decoding, views, store,
-losses, optimizer, logging interval, checkpoints, val) and half as many steps of the bare student on synthetic tensors that are already
-in memory. Prints images/s of both in every epoch; the last line is the ratio real / bare of all of them. Needs the data of `make repro`.
+    python benchmarks/train_step.py
+
+In one process, in turns, for as many epochs as `train.epochs` says: an epoch of the real loop (index, shards, decoding,
+views, store, losses, optimizer, logging interval, checkpoints, val) and half as many steps of the bare student on
+synthetic tensors that are already in memory. Prints images per second of both in every epoch; the last line is the
+ratio real / bare of all of them. Needs the data of `make repro`.
 """
 
 from __future__ import annotations
@@ -38,10 +41,8 @@ class Measured(Trainer):
         steps = self.streams.plan.steps_per_epoch
         bare = self.bare.seconds(steps // 2) * steps / (steps // 2)
         images = sum(sum(self.streams.sizes(step).values()) for step in range(steps))
-        print(
-            f"epoch {len(self.state.history)}: real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}",
-            flush=True,
-        )
+        rates = f"real loop {images / real:,.0f} images/s, bare student {images / bare:,.0f}"
+        print(f"epoch {len(self.state.history)}: {rates}", flush=True)
         self.real_seconds += real
         self.bare_seconds += bare
         self.since = time.perf_counter()
@@ -61,7 +62,7 @@ class Bare:
         self.labels = torch.randint(classes, (count,), device=device)
 
     def seconds(self, steps: int) -> float:
-        """How long that many steps take."""
+        """Take that many steps and return the seconds they took."""
         start = time.perf_counter()
         for _ in range(steps):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

@@ -1,4 +1,4 @@
-"""Real servers on loopback for tests: PostgreSQL (Debian's package), S3 (SeaweedFS), and MLflow with its basic-auth app on both."""
+"""Real servers on loopback: PostgreSQL (Debian's package), S3 (SeaweedFS), and MLflow with basic-auth on both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFA
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return ports on which nobody listens."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -32,7 +32,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(ready: object, process: subprocess.Popen[bytes], log: Path, seconds: float = 120.0) -> None:
-    """Call `ready` until it does not raise OSError; fails when the process ends."""
+    """Call `ready` until it does not raise OSError; fail when the process ends."""
     deadline = time.monotonic() + seconds
     while True:
         assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
@@ -43,22 +43,21 @@ def wait_for(ready: object, process: subprocess.Popen[bytes], log: Path, seconds
 
 
 def postgres_bin() -> Path | None:
-    """Folder of PostgreSQL's programs, where Debian puts them or on the PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if found:
-        return found[-1].parent
-    other = shutil.which("initdb")
-    return Path(other).parent if other else None
+    """Return the folder of PostgreSQL's programs, where Debian puts them or on the PATH."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if debian:
+        return debian[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).parent if on_path else None
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A PostgreSQL server with the databases `mlflow` and `auth`; yields the start of their address."""
+    """Run a PostgreSQL server with the databases `mlflow` and `auth`; yields the start of their addresses."""
     programs = postgres_bin()
     assert programs is not None
-    folder = Path(
-        tempfile.mkdtemp(prefix="dho-postgres-")
-    )  # pytest's folders are closed to the user that PostgreSQL runs as
+    # The user of PostgreSQL cannot read pytest's folders.
+    folder = Path(tempfile.mkdtemp(prefix="dho-postgres-"))
     as_user: dict[str, object] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         account = pwd.getpwnam("postgres")
@@ -96,7 +95,7 @@ def postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3(folder: Path, bucket: str) -> Iterator[str]:
-    """A real S3 server (SeaweedFS) on loopback with one user (`KEYS`) and one bucket; yields its address."""
+    """Run an S3 server (SeaweedFS) on loopback with one user (`KEYS`) and one bucket; yields its address."""
     ports = free_ports(8)
     identity = {
         "name": "dho",
@@ -139,7 +138,7 @@ def s3(folder: Path, bucket: str) -> Iterator[str]:
 
 
 class MlflowServer:
-    """`mlflow server` with the basic-auth app, PostgreSQL and S3, that can be killed and started again."""
+    """`mlflow server` with the basic-auth app on PostgreSQL and S3, which can be killed and started again."""
 
     def __init__(self, folder: Path, database: str, storage: str, password: str) -> None:
         folder.mkdir()
@@ -160,7 +159,7 @@ class MlflowServer:
                 "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": "static",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six more processes for what is not used here
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
             }
         )
         self.process: subprocess.Popen[bytes] | None = None
@@ -188,10 +187,10 @@ class MlflowServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        # The first question makes the tables, which takes longer than an answer may.
+        # The first request makes the tables, which takes longer than an answer may.
         token = base64.b64encode(f"admin:{self.password}".encode()).decode()
-        question = f"{self.address}/api/2.0/mlflow/experiments/search?max_results=1"
-        request = urllib.request.Request(question, headers={"Authorization": f"Basic {token}"})
+        search = f"{self.address}/api/2.0/mlflow/experiments/search?max_results=1"
+        request = urllib.request.Request(search, headers={"Authorization": f"Basic {token}"})
         wait_for(lambda: urllib.request.urlopen(request, timeout=60), self.process, log)
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""Small real stand-ins, made once a session: a folder of drawn images, its prepared data set, an open_clip teacher and its store."""
+"""Small real stand-ins, made once per session: drawn images, their data set, an open_clip teacher, its store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALONE = Process(0, 1, torch.device("cpu"))
 
 
 def draw_image(name: str, seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
-    """A small picture of one of CLASSES, different for every seed."""
+    """Draw a small picture of one of CLASSES, different for every seed."""
     generator = np.random.default_rng([seed, CLASSES.index(name)])
     image = Image.fromarray(generator.integers(0, 90, (size[1], size[0], 3), dtype=np.uint8))
     pen, colour = ImageDraw.Draw(image), tuple(int(value) for value in generator.integers(120, 256, 3))
@@ -52,7 +52,7 @@ def draw_image(name: str, seed: int, size: tuple[int, int] = (40, 36)) -> Image.
 
 
 def write_folder(root: Path, each: int = 30, unlabelled: int = 30) -> None:
-    """The layout of a user's own images: root/<class>/*.jpg and root/unlabelled/*.png."""
+    """Draw images in the layout of a user's own: root/<class>/*.jpg and root/unlabelled/*.png."""
     for name in CLASSES:
         (root / name).mkdir(parents=True, exist_ok=True)
         for seed in range(each):
@@ -63,7 +63,7 @@ def write_folder(root: Path, each: int = 30, unlabelled: int = 30) -> None:
 
 
 def tiny_tree(source: Path, folder: Path) -> dict[str, Any]:
-    """Parameters of a workflow over `write_folder`'s images that takes seconds."""
+    """Return parameters of a workflow over `write_folder`'s images that takes seconds."""
     return {
         "data": {
             "name": "folder",
@@ -124,9 +124,9 @@ class Tiny:
         return TeacherStore.open(self.store_folder, self.index, self.config)
 
     def workplace(self, folder: Path, **train: Any) -> Path:
-        """A folder that stages `prepare` and `teach` have been run in, with these `train` parameters changed."""
-        made = Workspace(folder)
-        for link, target in ((made.prepared, self.prepared), (made.teacher, self.store_folder)):
+        """Make a folder as stages `prepare` and `teach` leave it, with these `train` parameters changed."""
+        workspace = Workspace(folder)
+        for link, target in ((workspace.prepared, self.prepared), (workspace.teacher, self.store_folder)):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target)
         tree = self.tree | {"train": self.tree["train"] | train}
@@ -135,7 +135,7 @@ class Tiny:
 
 
 def changed(tiny: Tiny, **sections: dict[str, object]) -> Config:
-    """The parameters of `tiny` with some settings of a section changed."""
+    """Return the parameters of `tiny` with some settings of a section changed."""
     tree = copy.deepcopy(tiny.tree)
     for section, values in sections.items():
         tree[section] |= values
@@ -144,7 +144,7 @@ def changed(tiny: Tiny, **sections: dict[str, object]) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_address_left_behind() -> Iterator[None]:
-    """MLflow keeps the addresses of its servers in the process and in the environment, where the next module would find them."""
+    """Clear MLflow's addresses, which it keeps in the process and in the environment, for the next module."""
     yield
     assert "MLFLOW_TRACKING_URI" not in os.environ and "MLFLOW_REGISTRY_URI" not in os.environ
     if (mlflow := sys.modules.get("mlflow")) is not None:
@@ -154,7 +154,7 @@ def no_address_left_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
-    """Latencies are not judged here, so their measurement is short."""
+    """Shorten the measurement of latencies, which are not judged here."""
     from dho.registry import evidence as measurement
 
     with pytest.MonkeyPatch.context() as patch:
@@ -166,10 +166,10 @@ def short_measurements() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     write_folder(folder / "images")
-    made = Tiny(folder, tiny_tree(folder / "images", folder))
-    config = made.config
-    fetch(config, made.workspace)
-    prepare(config, made.workspace)
-    pretrain(config, made.workspace)
-    teach(config, made.workspace, ALONE)
-    return made
+    result = Tiny(folder, tiny_tree(folder / "images", folder))
+    config, workspace = result.config, result.workspace
+    fetch(config, workspace)
+    prepare(config, workspace)
+    pretrain(config, workspace)
+    teach(config, workspace, ALONE)
+    return result

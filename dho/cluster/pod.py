@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dho.cluster.revision import Remote, return_results
 from dho.config import Config
 from dho.core.files import write_atomically
-from dho.core.retry import patiently
+from dho.core.retry import retry
 from dho.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
         from dho.evaluation.evaluate import evaluate
         from dho.registry.register import register
 
-        metrics = patiently(lambda: evaluate(config, workspace))
-        done = patiently(lambda: register(config, workspace))
+        metrics = retry(lambda: evaluate(config, workspace))
+        done = retry(lambda: register(config, workspace))
         outputs = {path.name: path for path in (workspace.student, workspace.head_outputs, workspace.history)}
         return_results(Remote.of_environment(), os.environ["DHO_REVISION"], workspace.root, "train", outputs)
         top1 = 100 * metrics["test"]["combined"]["top1"]
@@ -54,7 +54,7 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
 
     with others_wait(process):
         if process.is_main:
-            patiently(
+            retry(
                 lambda: connect(config.tracking)
             )  # MLflow may have been on a node that was lost, and comes back elsewhere
     return train(config, workspace, process, then)

@@ -29,7 +29,7 @@ from typing import Any
 
 from dho.core.errors import DataError, RemoteError
 from dho.core.files import write_atomically
-from dho.core.retry import PATIENCE_S, patiently
+from dho.core.retry import MAX_WAIT_S, retry
 from dho.core.workspace import FOLDERS, Workspace
 from dho.stages import STAGES
 
@@ -131,7 +131,7 @@ def publish(root: Path, stage: str = "train") -> str:
     return revision
 
 
-def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: float = PATIENCE_S) -> None:
+def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: float = MAX_WAIT_S) -> None:
     """Make `folder` the working folder of a job: parameters, and the data that `stage` reads. Called again, it goes on.
 
     Raises:
@@ -141,18 +141,18 @@ def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: f
     if not REVISION_PATTERN.fullmatch(revision):
         raise DataError(f"DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them")
     name = f"revisions/{revision}.json"
-    bundle = patiently(lambda: remote.read(name), patience_s)
+    bundle = retry(lambda: remote.read(name), patience_s)
     if hashlib.sha256(bundle).hexdigest() != revision:
         raise DataError(f"{remote.url}/{name} is not revision {revision}: its SHA-256 differs; run `dho publish` again")
     for file, text in json.loads(bundle).items():
         if file in FILES:
             write_atomically(folder / file, text)
     _without_git(folder, remote, folder / ".dvc/cache")
-    patiently(lambda: _dvc(folder, "pull", *needs(stage)), patience_s)
+    retry(lambda: _dvc(folder, "pull", *needs(stage)), patience_s)
 
 
 def return_results(
-    remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = PATIENCE_S
+    remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = MAX_WAIT_S
 ) -> None:
     """Put a job's outputs (name -> file or folder) into the remote, and last the file that names them all.
 
@@ -169,8 +169,8 @@ def return_results(
             else:
                 shutil.copy2(path, work / stage / name)
         _dvc(work, "add", stage)
-        patiently(lambda: _dvc(work, "push", f"{stage}.dvc"), patience_s)
-        patiently(lambda: remote.write(_result(revision, stage), (work / f"{stage}.dvc").read_bytes()), patience_s)
+        retry(lambda: _dvc(work, "push", f"{stage}.dvc"), patience_s)
+        retry(lambda: remote.write(_result(revision, stage), (work / f"{stage}.dvc").read_bytes()), patience_s)
 
 
 def collect(workspace: Workspace, revision: str, stage: str) -> None:

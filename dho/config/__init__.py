@@ -3,7 +3,7 @@
     config = load("params.yaml")
     config.train.lambda_ce
 
-A value that is not allowed stops the program at load with one line that names the key, the value and what is allowed.
+A value that is not allowed stops the program at load, with one line that names the key, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -83,19 +83,32 @@ def load(path: str | Path = "params.yaml") -> Config:
 
 
 def from_dict(tree: Any, where: str = "params") -> Config:
-    """Validate a nested dict of parameters (as `params.yaml` holds them) into a `Config`; raises `ConfigError`."""
+    """Validate a nested dict of parameters.
+
+    Args:
+        tree: as `params.yaml` holds them; absent keys take their defaults.
+        where: file, for messages.
+
+    Raises:
+        ConfigError: a key or value is not allowed, or settings contradict each other.
+    """
     config: Config = build(Config, tree, "", where)
     check_together(config, where)
     return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain dict of a config or of one of its sections."""
+    """Return a config, or one of its sections, as nested plain dicts."""
     return dataclasses.asdict(config)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"eta": 2}}` -> `{"train.eta": 2}`: the names under which MLflow and error messages know parameters."""
+    """Return nested parameters under dotted names, by which MLflow and error messages know them.
+
+        flatten({"train": {"eta": 2}})                       # {"train.eta": 2}
+
+    A setting whose value is a mapping of the user's own keys (`student.model_args`) stays whole.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -107,5 +120,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 (hex) of any JSON-serialisable value, independent of key order."""
+    """Return the SHA-256 (hex) of any JSON-serialisable value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

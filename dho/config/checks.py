@@ -1,4 +1,4 @@
-"""Rules between settings, and settings that a row of the catalogue brings along."""
+"""Rules between settings, and the settings of a method, whose dataclass its row in the catalogue names."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def check_together(config: Config, where: str) -> None:
         return ConfigError(f"{where}: {key} is {value!r}; expected {expected}")
 
     splits, views, student, evaluate = config.data.splits, config.views, config.student, config.evaluate
+
     if splits.shots is not None and splits.labelled_fraction is not None:
         raise refuse(
             "data.splits.labelled_fraction",
@@ -29,11 +30,12 @@ def check_together(config: Config, where: str) -> None:
         raise refuse("views.scale", views.scale, "two numbers, the smaller first")
     for key in ("mean", "std"):
         if len(getattr(student, key)) != 3:
-            raise refuse(f"student.{key}", getattr(student, key), "three numbers, one a channel")
+            raise refuse(f"student.{key}", getattr(student, key), "three numbers, one per channel")
     for key, must in (("alphas", (0.0, 1.0)), ("betas", (0.3, 0.5))):
         grid = getattr(evaluate, key)
         if not set(must) <= set(grid):
             raise refuse(f"evaluate.{key}", grid, f"a list that holds {must[0]:g} and {must[1]:g}")
+
     for key, templates in (
         ("data.templates", config.data.templates),
         ("pretrain.caption_templates", config.pretrain.caption_templates),
@@ -43,6 +45,7 @@ def check_together(config: Config, where: str) -> None:
         for template in templates or []:
             if template.count("{}") != 1:
                 raise refuse(key, template, "each template to hold {} once, where the class name goes")
+
     names = config.data.class_names
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise refuse("data.class_names", names, "two or more different names")
@@ -53,9 +56,11 @@ def check_together(config: Config, where: str) -> None:
         value = getattr(config.data, key)
         if data_set.layout != "folder" and value is not None:
             raise refuse(f"data.{key}", value, f"null while data.name is {config.data.name}")
+
     for name, others in config.pretrain.confusions.items():
         if min(others.values(), default=0) < 0 or sum(others.values()) > 1:
             raise refuse(f"pretrain.confusions.{name}", others, "rates >= 0 that add up to at most 1")
+
     method_args(config, where)
 
 

@@ -17,7 +17,7 @@ from dho.catalogue.teachers import CLASSIFIERS
 from dho.config.settings import setting
 
 MAX_SEED = 2**63 - 1
-"""Seeds are written into 8 bytes (`dho/data/views.py`) and given to torch."""
+"""Seeds are written into 8 bytes (`dho/data/views.py`) and passed to torch."""
 MAX_PILLOW_PIXELS = 178_956_970
 """Pixels beyond which Pillow itself refuses an image."""
 
@@ -33,26 +33,26 @@ class SplitsConfig:
         high=MAX_SEED,
     )
     shots: int | None = setting(
-        16, "Labelled images a class (K); null with labelled_fraction null takes every labelled image.", low=1
+        16, "Labelled images per class (K); null, with labelled_fraction null, takes every labelled image.", low=1
     )
     labelled_fraction: float | None = setting(
         None, "Labelled share of each class instead of shots (0.01 is the paper's 1 %).", above=0, high=1
     )
     val_per_class: int = setting(
-        100, "Images a class held out of train for val, where the data set has no val list of its own.", low=1
+        100, "Images per class held out of train for val, where the data set has no val list of its own.", low=1
     )
     test_per_class: int = setting(
-        100, "Images a class held out of train for test, where the data set has no test list of its own.", low=1
+        100, "Images per class held out of train for test, where the data set has no test list of its own.", low=1
     )
-    unlabelled: int | None = setting(None, "Unlabelled images kept; null keeps the whole rest of train.", low=1)
+    unlabelled: int | None = setting(None, "Unlabelled images kept; null keeps all the rest of train.", low=1)
     captions: int = setting(
-        0, "Images set aside, each with a caption, for pretraining a stand-in teacher; nothing else uses them.", low=0
+        0, "Images with captions, set aside for pretraining a stand-in teacher; nothing else uses them.", low=0
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, where from, and what to do with bad ones (stages `fetch` and `prepare`)."""
+    """Which images, where they come from, and what to do with bad ones (stages `fetch` and `prepare`)."""
 
     name: str = setting(
         "fashion_mnist", f"{listed(DATASETS)}; or a DataSet of your own, as module:OBJECT.", names=tuple(DATASETS)
@@ -67,7 +67,7 @@ class DataConfig:
         None, "Prompt templates with one {} for the class name; null takes the catalogue's."
     )
     labels: str | None = setting(
-        None, "`folder` only: a CSV of path,label (label empty: unlabelled) instead of one sub-folder a class."
+        None, "`folder` only: a CSV of path,label (an empty label: unlabelled) instead of one sub-folder per class."
     )
     val: str | None = setting(None, "`folder` only: a CSV of path,label that makes the val split.")
     test: str | None = setting(None, "`folder` only: a CSV of path,label that makes the test split.")
@@ -78,31 +78,31 @@ class DataConfig:
         choices=("error", "drop"),
     )
     max_rejected: float = setting(
-        0.01, "Largest share of files that may be unreadable before `prepare` stops.", low=0, high=1
+        0.01, "Largest share of files that may be unreadable; beyond it `prepare` stops.", low=0, high=1
     )
     max_pixels: int = setting(
         50_000_000,
-        "An image with more pixels than this is rejected before it is decoded (decompression bombs).",
+        "Images with more pixels than this are rejected before they are decoded (decompression bombs).",
         low=1,
         high=MAX_PILLOW_PIXELS,
     )
-    shard_images: int = setting(5000, "Images in one tar shard.", low=1)
+    shard_images: int = setting(5000, "Images per tar shard.", low=1)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, horizontal flip)."""
+    """The seeded augmentations that teacher and student share (Table 7: random resized crop 0.5-1.0, flip)."""
 
     seed: int = setting(
         0,
-        "Seed of the views; with an image's sha256 and the view's number it fixes the crop and the flip.",
+        "Seed of the views; with an image's SHA-256 and a view's number it fixes the crop and the flip.",
         low=0,
         high=MAX_SEED,
     )
     count: int = setting(
         4,
-        "Views an image (V): epoch e trains on view e mod V, and the teacher store holds V embeddings an image.",
+        "Views per image (V): epoch e trains on view e mod V, and the teacher store holds V embeddings per image.",
         low=1,
     )
     scale: list[float] = setting(
@@ -119,23 +119,26 @@ class TeacherConfig:
         "local-dir:data/pretrained", "open_clip model: a name such as ViT-B-16, hf-hub:org/repo, or local-dir:folder."
     )
     pretrained: str | None = setting(
-        None, "open_clip pretrained tag or checkpoint file; null where the model's name brings its weights."
+        None, "open_clip pretrained tag or checkpoint file; null where the model's name includes its weights."
     )
     classifier: str = setting(
         "zero_shot",
         f"How an embedding becomes logits: {listed(CLASSIFIERS)}; or a class of your own.",
         names=tuple(CLASSIFIERS),
     )
-    batch_size: int = setting(256, "Images a forward pass, on each rank.", low=1)
+    batch_size: int = setting(256, "Images per forward pass and rank.", low=1)
     precision: str = setting("fp32", "Arithmetic of the image tower.", choices=("fp32", "bf16"))
     shard_images: int = setting(
-        4096, "Images in one shard of the teacher store; an interrupted run loses at most one shard a rank.", low=1
+        4096, "Images per shard of the teacher store; an interrupted run loses at most one shard per rank.", low=1
     )
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The stand-in teacher, trained on the captions split (stage `pretrain`). Set enabled: false for a real open_clip checkpoint."""
+    """The stand-in teacher, trained on the captions split (stage `pretrain`).
+
+    With a real open_clip checkpoint set enabled: false.
+    """
 
     enabled: bool = setting(
         True, "Train a stand-in teacher on the captions split; false when teacher.model is a real one."
@@ -146,7 +149,7 @@ class PretrainConfig:
     )
     seed: int = setting(0, "Seed of weights, batches and caption noise.", low=0, high=MAX_SEED)
     epochs: int = setting(6, "Passes over the captions split.", low=1)
-    batch_size: int = setting(256, "Image-caption pairs a step.", low=2)
+    batch_size: int = setting(256, "Image-caption pairs per step.", low=2)
     learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine with warm-up of a tenth).", above=0)
     weight_decay: float = setting(0.1, "AdamW weight decay.", low=0)
     caption_templates: list[str] = setting(
@@ -154,7 +157,7 @@ class PretrainConfig:
     )
     confusions: dict[str, dict[str, float]] = setting(
         {},
-        "How often a class goes by another's name: {class: {other name: rate}}. As on the web, the errors are systematic.",
+        "How often a class goes by another's name: {class: {other name: rate}}; as on the web, errors are systematic.",
     )
 
 
@@ -180,18 +183,20 @@ class TrainConfig:
     """The two-stream training of the student (Algorithm 1; Table 7 for recipes)."""
 
     method: str = setting("dho", f"{listed(METHODS)}; or a class of your own.", names=tuple(METHODS))
-    method_args: dict[str, Any] = setting({}, "The method's own settings, by its row in the catalogue.")
+    method_args: dict[str, Any] = setting({}, "The method's own settings, which its row in the catalogue names.")
     seed: int = setting(0, "Seed of weights and of both streams' order.", low=0, high=MAX_SEED)
     epochs: int = setting(5, "Passes over the unlabelled stream.", low=1)
-    batch_labelled: int = setting(64, "Labelled images a step, over all ranks.", low=1)
+    batch_labelled: int = setting(64, "Labelled images per step, over all ranks.", low=1)
     batch_unlabelled: int = setting(
-        64, "Unlabelled images a step at most, over all ranks; an epoch is cut into equal steps.", low=1
+        64, "Most unlabelled images per step, over all ranks; an epoch is cut into equal steps.", low=1
     )
     unlabelled_includes_labelled: bool = setting(
         True, "Draw the unlabelled batch from both splits (Alg. 1 line 7); false: as in the reference code."
     )
     accumulate: int = setting(
-        1, "Micro-batches a step and rank: the same gradient with less memory (BatchNorm sees the micro-batch).", low=1
+        1,
+        "Micro-batches per step and rank: the same gradient with less memory (BatchNorm sees the micro-batch).",
+        low=1,
     )
     lambda_ce: float = setting(0.5, "Weight of L_CE; L_KD has 1 - lambda_ce.", low=0, high=1)
     eta: float = setting(2.0, "Distillation temperature of teacher and student in training.", above=0)
@@ -203,8 +208,8 @@ class TrainConfig:
     compile: bool = setting(False, "Compile the student with torch.compile.")
     log_every: int = setting(20, "Steps between logged metrics.", low=1)
     checkpoint_every: int = setting(200, "Steps between checkpoints.", low=1)
-    keep_checkpoints: int = setting(2, "Newest checkpoints kept while training.", low=1)
-    eval_batch_size: int = setting(512, "Images a forward pass on each rank when head outputs are made.", low=1)
+    keep_checkpoints: int = setting(2, "Newest checkpoints kept during training.", low=1)
+    eval_batch_size: int = setting(512, "Images per forward pass and rank when head outputs are made.", low=1)
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where runs are recorded. The environment variable MLFLOW_TRACKING_URI wins over uri."""
+    """Where runs are recorded. Environment variable MLFLOW_TRACKING_URI takes precedence over uri."""
 
     uri: str = setting("sqlite:///mlflow.db", "MLflow tracking and registry address.")
     experiment: str = setting("dho", "MLflow experiment.")
@@ -238,24 +243,24 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RulesConfig:
-    """What a candidate has to show on the test set before it takes the champion's alias (`dho promote`); null asks nothing."""
+    """What a candidate has to show on the test set to become the champion (`dho promote`); null requires nothing."""
 
     min_top1: float | None = setting(None, "Smallest top-1 (share).", low=0, high=1)
     min_class_recall: float | None = setting(None, "Smallest recall of the worst class (share).", low=0, high=1)
     max_ece: float | None = setting(None, "Largest expected calibration error.", low=0, high=1)
     max_latency_ms: float | None = setting(
-        None, "Longest answer to one image, p99 on one thread, milliseconds.", above=0
+        None, "Longest time to answer one image, p99 on one thread, milliseconds.", above=0
     )
     max_size_mb: float | None = setting(None, "Largest package, megabytes (10^6 bytes).", above=0)
     min_gain: float = setting(
         0.0,
-        "Smallest gain in top-1 over the champion (share); below 0 a candidate may be that much worse.",
+        "Smallest gain in top-1 over the champion (share); a candidate may be worse where it is below 0.",
         low=-1,
         high=1,
     )
     max_class_drop: float = setting(
         0.02,
-        "Drop in a class's recall (share) that no class may exceed significantly, against the champion.",
+        "Drop in recall (share) against the champion that no class may exceed significantly.",
         low=0,
         high=1,
     )
@@ -280,27 +285,30 @@ class RegistryConfig:
     )
     precision: str = setting(
         "float32",
-        "Arithmetic of the registered network; int8 is smaller and often faster, calibrated on val, and registered with its own accuracy.",
+        "Arithmetic of the registered network; int8 is smaller and often faster, is calibrated on val, and is "
+        "registered with its own accuracy.",
         choices=("float32", "int8"),
     )
     promote: str = setting(
-        "manual", "`auto`: stage `register` also promotes, when the rules allow it.", choices=("manual", "auto")
+        "manual", "`auto`: stage `register` also promotes, where the rules allow it.", choices=("manual", "auto")
     )
     rules: RulesConfig = field(default_factory=RulesConfig)
 
 
 @dataclass(frozen=True)
 class KubernetesConfig:
-    """The job that stages `teach` and `train` become where launch.target is kubernetes; everything else about it stands in k8s/."""
+    """The job that stages `teach` and `train` become where launch.target is kubernetes; the rest of it is in k8s/."""
 
     namespace: str = setting("dho", "Namespace of the job.")
     kind: str = setting(
         DEFAULT_KIND, f"Kind of the job: {listed(JOB_KINDS)}; or a class of your own.", names=tuple(JOB_KINDS)
     )
-    nodes: int = setting(2, "Pods, each on a node of its own where there are enough.", low=1)
-    gpus: int | None = setting(None, "GPUs, and processes, a node; null trains on CPUs with one process a node.", low=1)
+    nodes: int = setting(2, "Pods, each on a node of its own where there are enough nodes.", low=1)
+    gpus: int | None = setting(
+        None, "GPUs, and processes, per node; null trains on CPUs with one process per node.", low=1
+    )
     elastic: str | None = setting(
-        None, "Fewest and most nodes with which training goes on, as in 1:4; null always needs all of them."
+        None, "Fewest and most nodes with which training continues, as in 1:4; null always needs all of them."
     )
     queue: str | None = setting(None, "Kueue's LocalQueue that admits the job.")
     image: str | None = setting(None, "Image of the pods; null takes that of k8s/.")
@@ -313,12 +321,12 @@ class LaunchConfig:
     target: str = setting("local", f"Where stages teach and train run. {listed(TARGETS)}.", choices=tuple(TARGETS))
     workers: int | None = setting(
         None,
-        "Data-loading processes on each rank; 0 loads in the training process itself; null is one a CPU of the rank, at most 8, with a "
-        "GPU, and 0 without one, where they would take the CPUs from the training.",
+        "Data-loading processes per rank; 0 loads in the training process itself; null is one per CPU of the rank, at "
+        "most 8, with a GPU, and 0 without one, where they would take the CPUs from training.",
         low=0,
     )
     processes: int | None = setting(
-        None, "torchrun processes on this machine; null is one a GPU, or 1 without a GPU.", low=1
+        None, "torchrun processes on this machine; null is one per GPU, or 1 without a GPU.", low=1
     )
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 

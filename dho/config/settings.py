@@ -1,10 +1,14 @@
 """Settings as fields of dataclasses, and nested dicts checked against them.
 
-@dataclass(frozen=True)
-class ViewsConfig:
-    count: int = setting(5, "Random views of every training image.", low=1)
+    from dataclasses import dataclass
 
-build(ViewsConfig, {"count": 0}, "views.", "params.yaml")  # ConfigError: params.yaml: views.count is 0; expected a whole number >= 1
+    @dataclass(frozen=True)
+    class ViewsConfig:
+        count: int = setting(5, "Random views of every training image.", low=1)
+
+    build(ViewsConfig, {"count": 0}, "views.", "params.yaml")
+
+The last line raises `ConfigError`: "params.yaml: views.count is 0; expected a whole number >= 1".
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ def setting(
     high: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A documented dataclass field.
+    """Return a documented dataclass field.
 
     Args:
-        default: value used when the key is absent; lists and dicts are copied for each instance.
+        default: value of an absent key; lists and dicts are copied for each instance.
         doc: one sentence, with the unit where there is one.
         choices: the allowed values.
-        names: rows of the catalogue that may be chosen by name; "module:Class" chooses one of the user's own.
+        names: rows of the catalogue that may be chosen by name; "module:Class" chooses a class of the user's own.
         low, high: inclusive bounds of a number (for a list: of each element).
         above: exclusive lower bound.
     """
@@ -50,7 +54,7 @@ def setting(
 
 
 def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
-    """An instance of a dataclass of settings from nested dicts.
+    """Build a dataclass of settings from nested dicts.
 
     Args:
         cls: dataclass whose fields are settings, or such dataclasses themselves.
@@ -59,7 +63,7 @@ def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
         where: file, for messages.
 
     Raises:
-        ConfigError: an unknown key, or a value that is not allowed.
+        ConfigError: a key is unknown, or a value is not allowed.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} is {tree!r}; expected a mapping of settings")
@@ -68,6 +72,7 @@ def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
     for key in tree:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {prefix}{key}; allowed here: {', '.join(fields)}")
+
     values = {}
     for name, value in tree.items():
         hint = hints[name]
@@ -87,6 +92,7 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
         if type(None) in options:
             return None
         raise refuse(_describe(hint, limits))
+
     kind = next(option for option in options if option is not type(None))
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is float and isinstance(value, str | int) and not isinstance(value, bool):
@@ -96,6 +102,7 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
             raise refuse(_describe(hint, limits)) from None
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
         raise refuse(_describe(hint, limits))
+
     if origin is list:
         return [_checked(f"{key}[{i}]", element, arguments[0], limits, where) for i, element in enumerate(value)]
     if origin is dict and not all(isinstance(name, str) for name in value):
@@ -104,6 +111,7 @@ def _checked(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
         return {
             name: _checked(f"{key}.{name}", element, arguments[1], limits, where) for name, element in value.items()
         }
+
     if limits["choices"] is not None and value not in limits["choices"]:
         raise refuse(_describe(hint, limits))
     if limits["names"] is not None and value not in limits["names"] and not OWN_CLASS.fullmatch(value):
@@ -136,7 +144,7 @@ def _describe(hint: Any, limits: Any) -> str:
 
 
 def mapping_keys(cls: Any, prefix: str = "") -> frozenset[str]:
-    """Dotted keys of the settings whose value is a mapping of the user's own keys and not a section."""
+    """Return the dotted keys of the settings whose value is a mapping of the user's own keys and not a section."""
     keys: set[str] = set()
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):

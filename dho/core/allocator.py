@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 
 KEPT_BYTES = 2**30
-"""Freed memory that a process keeps for its next step instead of giving it back."""
+"""Freed memory that a process keeps for its next step instead of returning it to the kernel."""
 
 # malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of a step's tensors for the next step; False where the C library is not glibc.
+    """Let this process keep the memory of a step's tensors for the next step.
 
-    As glibc comes, it gives a step's large tensors back to the kernel and has their pages cleared and mapped again in the next step
-    (6,000 pages a step with the default student: `benchmarks/allocator.py`).
+    By default glibc returns a step's large tensors to the kernel, which clears and maps their pages again in the next
+    step (6,000 pages per step with the default student: `benchmarks/allocator.py`).
+
+    Returns:
+        False where the C library is not glibc; nothing is changed there.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -11,6 +11,6 @@ def under_torchrun() -> bool:
 
 
 def reports_errors() -> bool:
-    """Return whether this process reports an error of all: rank 0 under torchrun, and any process outside of it."""
-    # In a pod RANK is the node's number until torchrun has started: only then do other ranks leave the word to rank 0.
+    """Return whether this process reports an error of all ranks: rank 0 under torchrun, any process outside of it."""
+    # In a pod RANK is the node's number until torchrun has started; only then does it say which process this is.
     return not under_torchrun() or os.environ["RANK"] == "0"

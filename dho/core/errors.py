@@ -19,20 +19,21 @@ SUCCEEDED = 0
 FAILED = 1
 """An error, or a job that failed."""
 REFUSED = 3
-"""A promotion or rollback that the rules, or another process, stand against; nothing was changed."""
+"""A promotion or rollback that the rules or another process prevent; nothing was changed."""
 NOT_STARTED = 4
 """A job that did not start in time."""
 INTERRUPTED = 130
 """Ctrl-C: 128 + SIGINT, as a shell would say."""
 STOPPED = 143
-"""A training that was told to stop: 128 + SIGTERM, as a shell would say."""
+"""A training that was stopped by a signal: 128 + SIGTERM, as a shell would say."""
 
 
 class DhoError(Exception):
     """Something the user can fix: what is wrong, where, what to do.
 
     Attributes:
-        may_pass: whether the same may work a while later (a server that is down), so that a job in a cluster waits and tries again.
+        may_pass: whether the same call may work a while later (a server is down), so that a job in a cluster waits and
+            tries again.
     """
 
     may_pass = False
@@ -47,7 +48,7 @@ class DataError(DhoError):
 
 
 class StoreMismatch(DhoError):
-    """A teacher store that was made from other data, other views or another teacher."""
+    """A teacher store made from other data, other views or another teacher."""
 
 
 class TrackingError(DhoError):
@@ -57,19 +58,19 @@ class TrackingError(DhoError):
 
 
 class CheckpointError(DhoError):
-    """The disk for checkpoints cannot take one."""
+    """A checkpoint that the disk cannot take."""
 
 
 class ClusterError(DhoError):
-    """A job that Kubernetes could not run, or an API server that cannot be reached or refuses."""
+    """A job that Kubernetes cannot run, or an API server that cannot be reached or refuses."""
 
 
 class RemoteError(DhoError):
-    """The DVC remote (S3) cannot be reached, refuses, or does not hold what is asked for.
+    """The DVC remote (S3) cannot be reached, refuses, or does not hold what is requested.
 
     Args:
         message: the one line.
-        may_pass: whether asking again later may help.
+        may_pass: whether the same request may work later.
     """
 
     def __init__(self, message: str, may_pass: bool = False) -> None:

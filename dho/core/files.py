@@ -10,14 +10,17 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file; readers see the old one or the new one, never a part."""
+    """Write a file whole or not at all; readers see the old one or the new one, never a part."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; on leaving without an error it is flushed to disk and takes `path`'s place."""
+    """Yield a temporary name beside `path` to write to.
+
+    On leaving without an error the file is flushed to disk and takes `path`'s place; after an error it is deleted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,6 +42,6 @@ def sync(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
+    """Return the SHA-256 (hex) of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 
 def partition(count: int, index: int, shares: int) -> range:
-    """Return share `index` of `count` items divided into `shares` neighbouring ranges, whose sizes differ by at most one.
+    """Return share `index` of `count` items divided into `shares` neighbouring ranges.
 
-    partition(10, 0, 3), partition(10, 1, 3), partition(10, 2, 3)      # range(0, 3), range(3, 6), range(6, 10)
+        partition(10, 0, 3), partition(10, 1, 3), partition(10, 2, 3)      # range(0, 3), range(3, 6), range(6, 10)
+
+    The sizes of the shares differ by at most one.
     """
     return range(count * index // shares, count * (index + 1) // shares)

@@ -1,4 +1,4 @@
-"""Processes started by torchrun: who am I, which device is mine, which part of the work, and talking to the others.
+"""Processes started by torchrun: their rank and device, and what they exchange.
 
 Nothing here uses RANK as a device number: the device is LOCAL_RANK's, so several nodes work.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from dho.core.allocator import keep_freed_memory
 
-SILENCE = timedelta(minutes=5)
-"""How long ranks wait for one that says nothing (a node that lost power closes no connection) before the training ends with an error."""
-LONGEST_FINISH = timedelta(hours=2)
+MAX_SILENCE = timedelta(minutes=5)
+"""How long ranks wait for a silent one before they end with an error: a node that lost power closes no connection."""
+MAX_FINISH = timedelta(hours=2)
 """How long the other ranks wait while rank 0 alone finishes a job."""
-MOST_LOADING_PROCESSES = 8
-"""On each rank, unless `launch.workers` says another number."""
+MAX_LOADING_PROCESSES = 8
+"""Per rank, unless `launch.workers` says another number."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,16 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0, the only one that writes shared files and talks to MLflow."""
+        """Whether this is rank 0, the only one that writes shared files and talks to MLflow."""
         return self.rank == 0
 
 
 @contextmanager
 def process_group() -> Iterator[Process]:
-    """Join the job that torchrun started (or be alone without one) and leave it again; NCCL for GPUs, gloo for CPUs and host tensors."""
+    """Join the job that torchrun started, and leave it at the end; without torchrun the process is alone.
+
+    NCCL carries tensors on GPUs, gloo those on CPUs.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -53,25 +56,30 @@ def process_group() -> Iterator[Process]:
     if alone:
         yield Process(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=SILENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=MAX_SILENCE)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
 
 
-def loading_processes(asked: int | None, device: torch.device) -> int:
-    """Data-loading processes of this rank: `launch.workers`, or what its null stands for.
+def loading_processes(requested: int | None, device: torch.device) -> int:
+    """Return the number of data-loading processes of this rank.
 
-    A CPU that trains is busy with every core: what a loading process takes there, the step waits for (benchmarks/train_step.py).
+    Training on a CPU uses every core, so a loading process would only slow down the step (`benchmarks/train_step.py`).
+
+    Args:
+        requested: `launch.workers`; None means none on a CPU, and one per CPU of the rank, at most
+            `MAX_LOADING_PROCESSES`, on a GPU.
+        device: of the training.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if device.type == "cpu":
         return 0
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus = int(os.environ.get("CPUS", here))  # of a pod, which sees all of its node's
-    return max(1, min(MOST_LOADING_PROCESSES, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = int(os.environ.get("CPUS", usable))  # a pod sees all CPUs of its node, not only those it was given
+    return max(1, min(MAX_LOADING_PROCESSES, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def barrier() -> None:
@@ -82,25 +90,38 @@ def barrier() -> None:
 
 @contextmanager
 def others_wait(process: Process) -> Iterator[None]:
-    """At the end of the body all ranks have finished theirs, however long one takes; a rank that ends with an error ends the others."""
+    """Leave the body once all ranks have finished theirs, however long one takes (at most `MAX_FINISH`).
+
+    A rank that ends with an error ends the others.
+    """
     if process.world_size == 1:
         yield
         return
-    group: Any = dist.new_group(backend="gloo", timeout=LONGEST_FINISH)
+    group: Any = dist.new_group(backend="gloo", timeout=MAX_FINISH)
     yield
     dist.barrier(group)
 
 
 def gather_rows(rows: Tensor, process: Process) -> Tensor | None:
-    """Rows [n_rank, ...] of every rank in rank order on rank 0, None elsewhere; ranks may hold different numbers of rows."""
+    """Gather the rows of every rank, in rank order, on rank 0; every rank must call.
+
+    Args:
+        rows: [n_rank, ...] of any dtype; ranks may hold different numbers of rows.
+        process: this rank.
+
+    Returns:
+        On rank 0 [n, ...] on the CPU, elsewhere None.
+    """
     if process.world_size == 1:
         return rows.cpu()
-    mine = rows.cpu().contiguous()
+    local_rows = rows.cpu().contiguous()
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(process.world_size)]
-    dist.all_gather(counts, torch.tensor([len(mine)]))
+    dist.all_gather(counts, torch.tensor([len(local_rows)]))
     longest = max(int(count) for count in counts)
+
     # gloo gathers equal shapes only; the padding is cut off again and never counted.
-    padded = torch.cat([mine, mine.new_zeros((longest - len(mine), *mine.shape[1:]))])
+    padding = local_rows.new_zeros((longest - len(local_rows), *local_rows.shape[1:]))
+    padded = torch.cat([local_rows, padding])
     received = [torch.empty_like(padded) for _ in range(process.world_size)] if process.is_main else None
     dist.gather(padded, received)
     if received is None:
@@ -109,7 +130,10 @@ def gather_rows(rows: Tensor, process: Process) -> Tensor | None:
 
 
 def mean_over_ranks(values: Tensor, process: Process) -> Tensor:
-    """Mean over the ranks of a tensor of equal shape, on every rank."""
+    """Return the mean over the ranks of a tensor of the same shape on each.
+
+    Every rank must call; `values` is overwritten.
+    """
     if process.world_size > 1:
         dist.all_reduce(values)
         values /= process.world_size
@@ -119,8 +143,8 @@ def mean_over_ranks(values: Tensor, process: Process) -> Tensor:
 class StopFlag:
     """Agreement of all ranks to stop after the same step, without waiting for the device.
 
-    A signal reaches the ranks at different moments. Each step starts a tiny all-reduce of the ranks' flags on the host and reads
-    the one of the step before, so every rank sees the same answer at the same step, and nobody waits for it.
+    A signal reaches the ranks at different moments. Each step starts a tiny all-reduce of the ranks' flags on the host
+    and reads the one of the step before, so every rank sees the same answer at the same step, and none waits for it.
     """
 
     def __init__(self, process: Process) -> None:
@@ -133,7 +157,7 @@ class StopFlag:
         self._raised = True
 
     def agreed(self) -> bool:
-        """Whether all ranks stop now; every rank must call it once a step."""
+        """Return whether all ranks stop now; every rank must call it once per step."""
         if self._alone:
             return self._raised
         answer = False
@@ -141,6 +165,7 @@ class StopFlag:
             flag, work = self._pending
             work.wait()
             answer = bool(flag.item())
+
         flag = torch.tensor([float(self._raised)])
         self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
         return answer

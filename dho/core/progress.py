@@ -1,4 +1,4 @@
-"""Progress: bars with rate and time left on a terminal; elsewhere, of a training, a plain line now and then."""
+"""Progress: bars with rate and time left on a terminal; elsewhere plain lines of the training every few seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ T = TypeVar("T")
 
 
 class _Rate(ProgressColumn):
-    """Items a second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed else "-/s")
 
 
 def bar(show: bool = True) -> Progress:
-    """A bar of description, share, count, rate, time left and the free text field `note`; disabled where nobody would see it."""
+    """Return a bar of description, share, count, rate, time left and the text field `note`.
+
+    Args:
+        show: false disables it, as does a standard error that is not a terminal.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,12 +40,16 @@ def bar(show: bool = True) -> Progress:
 
 
 LINE_EVERY_S = 5.0
+"""At least this many seconds lie between two lines."""
 
 
 def progress_lines(show: bool = True) -> Callable[[int, int, float, float], None]:
-    """What the bar says, for logs: called with step, steps, loss and images/s, it prints at most one line in `LINE_EVERY_S` seconds.
+    """Return a function that prints for logs what the bar shows on a terminal.
 
-    `dho launch` reads these lines of a pod's log. On a terminal, where there is a bar, nothing is printed.
+    `dho launch` reads these lines in a pod's log. On a terminal, where there is a bar, nothing is printed.
+
+    Returns:
+        A function of step, steps, loss and images per second, which prints at most one line per `LINE_EVERY_S` seconds.
     """
     last = -LINE_EVERY_S
 
@@ -58,7 +66,15 @@ def progress_lines(show: bool = True) -> Callable[[int, int, float, float], None
 def progress(
     items: Iterable[T], description: str, total: int | None = None, unit: int = 1, show: bool = True
 ) -> Iterator[T]:
-    """Pass items on while a bar counts them, each for `unit`; `total` is in items and read off `items` when it has a length."""
+    """Pass items on while a bar counts them.
+
+    Args:
+        items: whatever is counted.
+        description: shown before the bar.
+        total: number of items; by default the length of `items`, where it has one.
+        unit: how much an item counts for.
+        show: as for `bar`.
+    """
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     with bar(show) as shown:
         task = shown.add_task(description, total=None if count is None else count * unit, note="")

@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or absent; apart from dho/core/files.py, which is used where torch need not be imported."""
+"""Safetensors files that are whole or absent; not in `dho/core/files.py`, which is used where torch is not imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from dho.core.files import replacing
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file (CPU tensors, made contiguous), whole or not at all; raises `OSError` where the system refuses."""
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        tensors: on the CPU, of any shape and dtype; stored contiguous.
+        metadata: text beside them.
+
+    Raises:
+        OSError: the disk is full, or the system refuses.
+    """
     with replacing(path) as temporary:
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)

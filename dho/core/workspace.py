@@ -1,9 +1,11 @@
-"""The folders of the workflow, in one place: every stage reads and writes through a `Workspace`.
+"""The folders of the workflow, in one place.
 
-workspace = Workspace("projects/shoes")
-workspace.prepared                           # Path("projects/shoes/data/prepared")
-workspace.cell("ce_kd-16-0").trained         # a place of its own for one run of a comparison
-workspace.at(teacher="/volumes/teacher")     # the same workspace with one folder elsewhere
+    workspace = Workspace("projects/shoes")
+    workspace.prepared                           # Path("projects/shoes/data/prepared")
+    workspace.cell("ce_kd-16-0").trained         # a place of its own for one run of a comparison
+    workspace.at(teacher="/volumes/teacher")     # the same workspace with one folder elsewhere
+
+Every stage reads and writes through a `Workspace`; nothing else spells a path.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Workspace:
         trained: student, head outputs and history, written by `train`.
         evaluated: metrics and plots, written by `evaluate`.
         registered: the file that says which model version was registered, written by `register`.
-        checkpoints: not an output: checkpoints, unsent metrics and, on a cluster, what the pods of a job share.
+        checkpoints: checkpoints, unsent metrics and, on a cluster, what the pods of a job share; no output of a stage.
 
     Raises:
         TypeError: `elsewhere` names a folder that is not in `FOLDERS`.
@@ -98,11 +100,14 @@ class Workspace:
         return self.checkpoints / "unsent"
 
     def at(self, **elsewhere: Path | str) -> Workspace:
-        """The same workspace with some folders elsewhere; raises `TypeError` as the constructor does."""
+        """Return the same workspace with some folders elsewhere; raises `TypeError` as the constructor does."""
         return Workspace(self.root, **{**self.elsewhere, **elsewhere})
 
     def cell(self, name: str) -> Workspace:
-        """A cell of a comparison: it shares data and teacher and has its own `trained`, `evaluated` and `registered`."""
+        """Return the workspace of one run of a comparison.
+
+        It shares data and teacher with this one and has its own `trained`, `evaluated` and `registered`.
+        """
         folder = self.root / "outputs" / "cells" / name
         return self.at(trained=folder / "train", evaluated=folder / "evaluate", registered=folder / "register.json")
 

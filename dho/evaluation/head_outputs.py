@@ -1,7 +1,8 @@
-"""Head outputs: the logits of every head for every image of a split, made once after training and read by everything that follows.
+"""Head outputs: the logits of every head for every image of a split, made once after training.
 
-File `<split>.npz`: `ce`, `kd` float32 [images, classes] (the heads the student has), `labels` int64 [images], `keys` text [images], in the
-order of the index. alpha, beta and all metrics come from these files, so evaluating never runs the student.
+File `<split>.npz` holds `ce` and `kd`, float32 [images, classes] (the heads that the student has), `labels` int64
+[images] and `keys`, text [images], in the order of the index. alpha, beta and all metrics come from these files, so
+evaluation never runs the student.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from dho.student.model import Student
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """Logits of one split; a head that the student does not have is None."""
+    """Logits of one split, in the order of the index.
+
+    Attributes:
+        ce, kd: [images, classes]; None for a head that the student does not have.
+        labels: [images].
+        keys: of the images, [images].
+    """
 
     ce: npt.NDArray[np.float32] | None
     kd: npt.NDArray[np.float32] | None
@@ -42,7 +49,7 @@ class HeadOutputs:
 
     @classmethod
     def load(cls, path: Path) -> HeadOutputs:
-        """Read the file; raises `DataError` when it is not there or not whole."""
+        """Read the file; raises `DataError` where it is missing or not whole."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(arrays.get("ce"), arrays.get("kd"), arrays["labels"], arrays["keys"])
@@ -60,36 +67,44 @@ def head_outputs(
     workers: int,
     channels_last: bool = True,
 ) -> HeadOutputs | None:
-    """Run the student over the centre view of rows of the index, in full precision; every rank must call, rank 0 gets the result.
+    """Run the student on the centre view of images, in full precision; every rank must call.
 
-    Each rank takes its part of the rows; none is counted twice.
+    Each rank takes its share of the rows; no row is counted twice.
 
     Args:
-        student: on the rank's device; left in the mode (train or eval) it was in.
-        rows: int64 [images].
-        batch_size: images a forward pass.
-        workers: loading processes; 0 when already close to the data.
+        student: on the rank's device; its mode (train or eval) is restored.
+        index: of the images.
+        rows: of the index, int64 [images].
+        process: this rank.
+        batch_size: images per forward pass.
+        workers: loading processes of this rank; 0 loads in this one.
+        channels_last: memory order of the images.
+
+    Returns:
+        The head outputs in the order of `rows` on rank 0, None elsewhere.
     """
     was_training = student.training
     student.eval()
-    mine = partition(len(rows), process.rank, process.world_size)
-    batches = [rows[start : min(start + batch_size, mine.stop)] for start in range(mine.start, mine.stop, batch_size)]
+
+    share = partition(len(rows), process.rank, process.world_size)
+    starts = range(share.start, share.stop, batch_size)
+    batches = [rows[start : min(start + batch_size, share.stop)] for start in starts]
     pixels = Pixels(index, ViewsConfig(), student.config.input_size, student.config.interpolation)
-    made: dict[str, list[torch.Tensor]] = {head: [torch.empty(0, student.classes)] for head in student.heads}
-    for batch in loader(
-        functools.partial(_centre, pixels, batches), 0, len(batches), workers if len(batches) > 1 else 0
-    ):
+    make = functools.partial(_centre_views, pixels, batches)
+    logits: dict[str, list[torch.Tensor]] = {head: [torch.empty(0, student.classes)] for head in student.heads}
+    for batch in loader(make, 0, len(batches), workers if len(batches) > 1 else 0):
         images = student.normalise(batch.to(process.device))
         outputs = student(images if channels_last else images.contiguous())
         for head in student.heads:
-            made[head].append(outputs[head].float().cpu())
+            logits[head].append(outputs[head].float().cpu())
     student.train(was_training)
-    gathered = {head: gather_rows(torch.cat(parts), process) for head, parts in made.items()}
+
+    gathered = {head: gather_rows(torch.cat(pieces), process) for head, pieces in logits.items()}
     if not process.is_main:
         return None
-    logits = {head: rows.numpy() for head, rows in gathered.items() if rows is not None}
-    return HeadOutputs(logits.get("ce"), logits.get("kd"), index.labels[rows], index.keys[rows])
+    arrays = {head: tensor.numpy() for head, tensor in gathered.items() if tensor is not None}
+    return HeadOutputs(arrays.get("ce"), arrays.get("kd"), index.labels[rows], index.keys[rows])
 
 
-def _centre(pixels: Pixels, batches: list[npt.NDArray[np.int64]], number: int) -> torch.Tensor:
+def _centre_views(pixels: Pixels, batches: list[npt.NDArray[np.int64]], number: int) -> torch.Tensor:
     return pixels.batch(batches[number], view=None)

@@ -1,4 +1,4 @@
-"""Label image files with a trained student, on this machine and with torch; downstream teams use the registered model instead."""
+"""Label image files with a trained student and torch, on this machine; downstream teams use the registered model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from dho.runtime.dho_runtime import ImageRejected, centre_box, decode, render
 from dho.student.saved import load_student
 
 Answer = list[tuple[str, float]]
+"""(label, probability) pairs, most likely first."""
 
 
 def predict(
     workspace: Workspace, images: list[Path], alpha: float | None = None, beta: float | None = None
 ) -> Iterator[tuple[Path, Answer | str]]:
-    """For each file its (label, probability) pairs, most likely first, or the reason why it cannot be read.
+    """Label image files one by one.
 
     Args:
-        workspace: what stages `train` and `evaluate` wrote.
+        workspace: with what stages `train` and `evaluate` wrote.
         images: files.
-        alpha, beta: Eq. 8; None takes what `evaluate` chose on val.
+        alpha, beta: of Eq. 8; None takes what `evaluate` chose on val.
+
+    Yields:
+        Each file with its answer, or with the reason why it cannot be read.
 
     Raises:
         DataError: there is no trained, evaluated student.
@@ -35,6 +39,7 @@ def predict(
     except OSError as error:
         raise DataError(f"{workspace.metrics}: {error.strerror}; run the evaluate stage") from error
     alpha, beta = tuned["alpha"] if alpha is None else alpha, tuned["beta"] if beta is None else beta
+
     for path in images:
         try:
             image = decode(path.read_bytes())

@@ -1,13 +1,13 @@
-"""A method: what is trained, from which losses, and how they become gradients. The training loop knows no more of it.
+"""A method: what is trained, from which losses, and how they become gradients; the training loop knows no more of it.
 
 One step on one (micro-)batch:
 
-    terms = method(batch, counts)              # named and unweighted: {"ce": ..., "kd_labelled": ..., "kd_unlabelled": ...}
+    terms = method(batch, counts)              # unweighted: {"ce": ..., "kd_labelled": ..., "kd_unlabelled": ...}
     objectives = method.weigh(terms)           # weighted: {"ce": ..., "kd": ...}; their sum is the loss
     method.backward(objectives)
 
-`method.trainable` is the student with whatever the method trains beside it (a projection, say): the optimizer, DDP and the
-checkpoints take all of it; the results take `method.student`.
+`method.trainable` is the student with whatever the method trains beside it (a projection, say): the optimizer, DDP and
+the checkpoints take all of it; the results take `method.student`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Trainable(nn.Module):
     """The student and the modules that a method trains beside it.
 
     Args:
-        student: gives z and the heads' logits.
+        student: returns z and the heads' logits.
         extras: name -> module over z; `forward` adds its output under its name.
     """
 
@@ -47,7 +47,7 @@ class Trainable(nn.Module):
         self.extras = nn.ModuleDict(extras)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images [n, 3, size, size] -> the student's outputs and one [n, ...] per extra."""
+        """Return the student's outputs and one [n, ...] per extra, for normalised images [n, 3, size, size]."""
         outputs: dict[str, Tensor] = self.student(images)
         return outputs | {name: extra(outputs["z"]) for name, extra in self.extras.items()}
 
@@ -65,7 +65,7 @@ class Method(nn.Module, abc.ABC):
         heads: heads of the student that the method trains.
         streams: streams that the method needs; the others are not loaded.
         arguments: frozen dataclass of the method's own settings (`train.method_args`), for a method that has some.
-        reduces_gradients: whether `backward` averages the gradients over the ranks itself instead of leaving that to DDP.
+        reduces_gradients: whether `backward` averages the gradients over the ranks itself, in place of DDP.
     """
 
     heads: tuple[str, ...]
@@ -78,21 +78,26 @@ class Method(nn.Module, abc.ABC):
         self.classifier = classifier.requires_grad_(False)
         self.config, self.settings = config, arguments
         self.trainable = Trainable(student, self.extras(student))
-        # What forward calls: `trainable`, or `trainable` compiled and wrapped. In a list, so that its weights are not listed twice.
+        # What forward calls: `trainable`, or `trainable` compiled and wrapped. A list hides it from nn.Module, which
+        # would otherwise list its weights twice.
         self._callable: list[nn.Module] = [self.trainable]
 
     @property
     def student(self) -> Student:
-        """The student, unwrapped."""
+        """Return the student, unwrapped."""
         return self.trainable.student
 
     @property
     def wrapped(self) -> nn.Module:
-        """What `forward` calls; it has `no_sync` when training is distributed."""
+        """Return what `forward` calls; it has `no_sync` when training is distributed."""
         return self._callable[0]
 
     def extras(self, student: Student) -> dict[str, nn.Module]:
-        """Build the modules over z that are trained beside the student, by the name of their output; none by default."""
+        """Build the modules over z that are trained beside the student.
+
+        Returns:
+            Name of the output -> module, z [n, width] -> [n, ...]; none by default.
+        """
         del student
         return {}
 
@@ -110,9 +115,11 @@ class Method(nn.Module, abc.ABC):
         """Compute the named, unweighted losses of one (micro-)batch: scalars with gradients.
 
         Args:
-            batch: by stream: pixels uint8 [n, size, size, 3], embedding float16 [n, dim], label int64 [n] (labelled only).
-            counts: by stream, what the sum over images is divided by. With (images over all ranks) / (ranks) the mean of
-                the ranks' gradients is that of the global mean, however unequal the shares of ranks and micro-batches are.
+            batch: per stream pixels uint8 [n, size, size, 3], embedding float16 [n, dim] and, labelled only, label
+                int64 [n].
+            counts: per stream, by what the sum over images is divided. With (images over all ranks) / (ranks) the mean
+                of the ranks' gradients is that of the global mean, however unequal the shares of ranks and
+                micro-batches are.
         """
         pixels = torch.cat([batch[name]["pixels"] for name in self.streams])
         sizes = [len(batch[name]["pixels"]) for name in self.streams]
@@ -139,7 +146,7 @@ class Method(nn.Module, abc.ABC):
         """Weigh and group the terms into objectives, whose sum is the loss."""
 
     def backward(self, objectives: dict[str, Tensor], last: bool = True) -> None:
-        """Add the gradients of one micro-batch to those of `trainable`; by default those of the sum.
+        """Add the gradients of one micro-batch to those of `trainable`; by default those of the objectives' sum.
 
         Args:
             objectives: as `weigh` returns them.
@@ -149,7 +156,7 @@ class Method(nn.Module, abc.ABC):
         total(objectives).backward()  # type: ignore[no-untyped-call]
 
     def teacher_logits(self, stream: str, batch: Batch) -> Tensor:
-        """The teacher's logits float32 [n, classes] for the images of one stream."""
+        """Return the teacher's logits, float32 [n, classes], for the images of one stream."""
         logits: Tensor = self.classifier(batch[stream]["embedding"])
         return logits
 

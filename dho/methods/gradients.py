@@ -1,9 +1,11 @@
-"""Gradients of each objective on its own, for methods that combine them otherwise than by their sum and for measuring conflict.
+"""Gradients of each objective on its own.
 
-gradients = Gradients(list(method.student.backbone.parameters()))
-gradients.add(method.weigh(method(batch, counts)))         # once per micro-batch
-ce, kd = gradients.reduce(world_size=1).values()           # float32 [parameters] each
-cosine(ce, kd)                                             # Fig. 3
+    gradients = Gradients(list(method.student.backbone.parameters()))
+    gradients.add(method.weigh(method(batch, counts)))         # once per micro-batch
+    ce, kd = gradients.reduce(world_size=1).values()           # float32 [parameters] each
+    cosine(ce, kd)                                             # Fig. 3
+
+They are for methods that combine gradients otherwise than by their sum, and for measuring conflict.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ class Gradients:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, objectives: dict[str, Tensor]) -> None:
-        """Add the gradients of one micro-batch; the graph stays, so that `backward` may follow."""
+        """Add the gradients of one micro-batch; the graph is kept, so that `backward` may follow.
+
+        Args:
+            objectives: name -> scalar with a graph.
+        """
         for name, objective in objectives.items():
             parts = torch.autograd.grad(objective, self.parameters, retain_graph=True, allow_unused=True)
             flat = torch.cat(
@@ -40,9 +46,9 @@ class Gradients:
             self._sums[name] = self._sums[name] + flat if name in self._sums else flat
 
     def reduce(self, world_size: int) -> dict[str, Tensor]:
-        """Return the gradient of each objective, float32 [parameters], averaged over the ranks with one all-reduce each.
+        """Return the gradient of each objective, float32 [parameters], averaged over the ranks.
 
-        Every rank must call. The sums start anew.
+        Every rank must call; there is one all-reduce per objective. The sums start again from zero.
         """
         sums, self._sums = self._sums, {}
         if world_size > 1:
@@ -52,7 +58,7 @@ class Gradients:
         return sums
 
     def write(self, gradient: Tensor) -> None:
-        """Make a flat gradient [parameters] that of the parameters."""
+        """Write a flat gradient [parameters] to the `grad` of the parameters."""
         start = 0
         for parameter in self.parameters:
             end = start + parameter.numel()

@@ -1,1 +1,1 @@
-"""What runs downstream: no torch, no other part of `dho`. Training uses the same functions, so both see the same pixels."""
+"""What runs downstream, without torch and the rest of `dho`; training uses it too, so both see the same pixels."""

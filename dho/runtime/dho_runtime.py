@@ -1,7 +1,8 @@
 """From image bytes to the student's input, and from both heads' logits to probabilities; NumPy and Pillow only.
 
-This one file travels inside every registered model (as `dho_runtime.py` beside the model's code) and is also what `prepare`, `teach`,
-`train` and `predict` call, so that a served image is decoded, cropped, resized and normalised exactly as in training.
+This file is part of every registered model (as `dho_runtime.py` beside the model's code) and is also what `prepare`,
+`teach`, `train` and `predict` call, so that a served image is decoded, cropped, resized and normalised exactly as in
+training.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # MPO comes as JPEG; Pillow has no opener of that name
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # MPO opens as JPEG; Pillow has no opener of that name
 MAX_PIXELS = 50_000_000
-HEADS = ("ce", "kd")
-"""The heads of a student: the one that learns from labels, and the one that learns from the teacher."""
+"""Of an image, unless `data.max_pixels` says another number."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 HEADS = ("ce", "kd")
 """Both heads, in the order of Eq. 8: `ce` learns from labels, `kd` from the teacher. A student may have one of them."""
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels of the upright image; right and bottom exclusive."""
+"""Left, top, right, bottom in pixels of the upright image; right and bottom exclusive."""
 
 
 class ImageRejected(ValueError):
@@ -34,11 +34,12 @@ class ImageRejected(ValueError):
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode image bytes to an upright 8-bit RGB image.
 
-    EXIF rotation is applied; transparency is laid on white; grey, palette, CMYK and 16-bit grey images are converted; of an
-    animation the first frame counts.
+    EXIF rotation is applied; transparency is laid on white; grey, palette, CMYK and 16-bit grey images are converted;
+    of an animation the first frame counts.
 
     Raises:
-        ImageRejected: empty, not an image, truncated, of more than `max_pixels` pixels, or of a mode with no clear meaning in RGB.
+        ImageRejected: the bytes are empty, no image, truncated, of more than `max_pixels` pixels, or of a mode with no
+            clear meaning in RGB.
     """
     if not data:
         raise ImageRejected("empty file")
@@ -53,6 +54,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageRejected(
             "not an image of a known format" if isinstance(error, UnidentifiedImageError) else f"broken header: {error}"
         ) from error
+
     width, height = image.size
     if width * height > max_pixels:
         raise ImageRejected(f"too many pixels: {width} x {height} is more than {max_pixels}")
@@ -66,7 +68,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode with a clear meaning in it, transparency laid on white; raises `ImageRejected` for another."""
+    """Convert an image of any mode with a clear meaning in RGB to 8-bit RGB, with transparency laid on white.
+
+    Raises:
+        ImageRejected: the mode has no clear meaning in RGB, or grey values are outside 16 bits.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I;16", "I;16L", "I;16B", "I"):
@@ -83,27 +89,46 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_box(width: int, height: int) -> Box:
-    """The largest square in the middle of an image: the plain view of val, test and served images."""
+    """Return the largest square in the middle of an image: the view of val, test and served images."""
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return (left, top, left + side, top + side)
 
 
 def render(image: Image.Image, box: Box, size: int, interpolation: str, flip: bool = False) -> npt.NDArray[np.uint8]:
-    """Crop `box` out of an RGB image, resize it to a square of `size` pixels (antialiased), mirror it if asked: uint8 [size, size, 3]."""
+    """Crop, resize (antialiased) and, where requested, mirror an RGB image.
+
+    Args:
+        image: 8-bit RGB.
+        box: what is cropped.
+        size: side of the square result, pixels.
+        interpolation: a key of `INTERPOLATIONS`.
+        flip: whether to mirror left to right.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
     view = image.resize((size, size), INTERPOLATIONS[interpolation], box=box)
     pixels: npt.NDArray[np.uint8] = np.asarray(view)
     return pixels[:, ::-1] if flip else pixels
 
 
 def normalise(pixels: npt.NDArray[np.uint8], mean: list[float], std: list[float]) -> npt.NDArray[np.float32]:
-    """uint8 [n, size, size, 3] -> float32 [n, 3, size, size], (value / 255 - mean) / std by channel."""
+    """Normalise pixels per channel: (value / 255 - mean) / std.
+
+    Args:
+        pixels: [n, size, size, 3].
+        mean, std: three numbers each, for values in 0-1.
+
+    Returns:
+        float32 [n, 3, size, size].
+    """
     scaled = (pixels.astype(np.float32) / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> npt.NDArray[np.float64]:
-    """Softmax over the last axis of `logits / temperature`, in float64."""
+    """Return the softmax over the last axis of `logits / temperature`, float64 of the same shape."""
     scaled = np.asarray(logits, np.float64) / temperature
     exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     result: npt.NDArray[np.float64] = exponents / exponents.sum(axis=-1, keepdims=True)
@@ -111,12 +136,18 @@ def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> npt.NDArray[np.f
 
 
 def mix(ce: npt.ArrayLike | None, kd: npt.ArrayLike | None, alpha: float, beta: float) -> npt.NDArray[np.float64]:
-    """Eq. 8: alpha * softmax(ce) + (1 - alpha) * softmax(kd / beta), logits [n, classes] -> probabilities [n, classes], float64.
+    """Mix the heads (Eq. 8): alpha * softmax(ce) + (1 - alpha) * softmax(kd / beta).
 
-    A student with one head has None for the other; its alpha is 1 (only `ce`) or 0 (only `kd`).
+    Args:
+        ce, kd: logits [n, classes]; None for a head that the student does not have.
+        alpha: weight of the CE head; 1 for a student with `ce` alone, 0 for one with `kd` alone.
+        beta: temperature of the KD head.
+
+    Returns:
+        Probabilities float64 [n, classes].
 
     Raises:
-        ValueError: a head that alpha gives weight to is None.
+        ValueError: a head with a weight other than 0 is None.
     """
     if (ce is None and alpha != 0) or (kd is None and alpha != 1):
         raise ValueError(f"alpha {alpha} gives weight to a head that this student does not have")

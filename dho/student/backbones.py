@@ -1,4 +1,4 @@
-"""Backbones of the student: a name with the library it comes from, `timm:resnet18`; a bare name is timm's."""
+"""Backbones of the student: a name with the library it comes from, as in `timm:resnet18`; a bare name is timm's."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def create_backbone(config: StudentConfig) -> tuple[nn.Module, int]:
         raise ConfigError(
             f"student.model is {config.model!r} with student.model_args {config.model_args}: {error}"
         ) from error
-    # Some timm models widen their features before the classifier; num_features is what z has otherwise.
+    # Some timm models widen their features before the classifier; elsewhere z has num_features.
     return backbone, int(getattr(backbone, "head_hidden_size", backbone.num_features))

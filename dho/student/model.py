@@ -1,8 +1,10 @@
 """The student: one backbone g with up to two heads on its output z (Eq. 5, 6).
 
-student = Student(config.student, classes=10)
-outputs = student(images)                      # {"z": [n, d], "ce": [n, classes], "kd": [n, classes]}
-probabilities = student.predict(images, alpha=0.5, beta=0.3)
+    student = Student(config.student, classes=10)
+    outputs = student(images)                      # {"z": [n, width], "ce": [n, classes], "kd": [n, classes]}
+    probabilities = student.predict(images, alpha=0.5, beta=0.3)
+
+The heads return logits; softmax, alpha and beta come at inference only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dho.student.heads import HEADS, create_head
 
 
 class Student(nn.Module):
-    """Backbone and heads. `forward` gives the backbone's output and the raw logits of every head.
+    """Backbone and heads; `forward` returns the backbone's output and the logits of every head.
 
     Args:
         config: backbone and input.
@@ -47,7 +49,11 @@ class Student(nn.Module):
         self.register_buffer("shift", mean / std, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images [n, 3, size, size] -> {"z": [n, d], "ce": [n, classes], "kd": [n, classes]}, the heads it has."""
+        """Run backbone and heads on normalised images, float [n, 3, size, size].
+
+        Returns:
+            "z" [n, width], and "ce" and "kd" [n, classes] for the heads that the student has.
+        """
         z = self.backbone(images)
         outputs = {"z": z}
         if self.ce_head is not None:
@@ -57,17 +63,21 @@ class Student(nn.Module):
         return outputs
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, size, size, 3] on any device -> float32 [n, 3, size, size], channels-last in memory."""
+        """Normalise pixels uint8 [n, size, size, 3] to float32 [n, 3, size, size], channels-last in memory."""
         count, height, width, channels = pixels.shape
         # By rows and not by pixels: arithmetic that repeats every 3 values is three times as slow on a CPU.
-        rows = pixels.reshape(count, height, width * channels).to(torch.float32) / self.scale.repeat(
-            width
-        ) - self.shift.repeat(width)
+        scale, shift = self.scale.repeat(width), self.shift.repeat(width)
+        rows = pixels.reshape(count, height, width * channels).to(torch.float32) / scale - shift
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def predict(self, images: Tensor, alpha: float, beta: float) -> Tensor:
-        """Eq. 8: alpha * softmax(ce) + (1 - alpha) * softmax(kd / beta), float32 [n, classes]; a single head answers alone."""
+        """Return probabilities float32 [n, classes]: alpha * softmax(ce) + (1 - alpha) * softmax(kd / beta) (Eq. 8).
+
+        Args:
+            images: normalised, float [n, 3, size, size].
+            alpha, beta: weight of the CE head and temperature of the KD head; a student with one head ignores alpha.
+        """
         outputs: dict[str, Tensor] = self(images)
         if self.kd_head is None:
             return outputs["ce"].float().softmax(-1)

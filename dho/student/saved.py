@@ -1,4 +1,7 @@
-"""A student on disk: a folder with `model.safetensors` (weights) and `student.json` (what builds it and names its classes)."""
+"""A student on disk: a folder with two files.
+
+`model.safetensors` holds the weights, `student.json` what is needed to build the student and to name its classes.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The vision-language teacher: any open_clip model, its stand-in, its zero-shot weights and its store of embeddings."""
+"""The vision-language teacher: any open_clip model, its stand-in, its text weights and its store of embeddings."""

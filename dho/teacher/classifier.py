@@ -24,7 +24,7 @@ class Classifier(nn.Module, abc.ABC):
     """A frozen module over embeddings.
 
     Attributes:
-        temperature: zeta, what cosine similarities were divided by to become logits.
+        temperature: zeta, by which cosine similarities are divided to become logits.
         default_alpha: weight of the CE head at inference where nothing was tuned (Eq. 8).
     """
 
@@ -34,24 +34,24 @@ class Classifier(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_store(cls, store: TeacherStore) -> Classifier:
-        """Build the classifier from a complete teacher store; no image is read again."""
+        """Build the classifier from a complete teacher store, without reading an image."""
 
     @property
     @abc.abstractmethod
     def dim(self) -> int:
-        """Width of the embeddings."""
+        """Return the width of the embeddings."""
 
     @property
     @abc.abstractmethod
     def classes(self) -> int:
-        """Number of classes C."""
+        """Return the number of classes C."""
 
     @abc.abstractmethod
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings float [n, dim] -> logits float32 [n, classes]."""
+        """Return the logits float32 [n, classes] of embeddings, float [n, dim]."""
 
     def logits(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the logits of embeddings [n, dim] as an array, float32 [n, classes], computed on the CPU."""
+        """Return the logits, float32 [n, classes], of embeddings, float [n, dim], as arrays computed on the CPU."""
         with torch.inference_mode():
             result: npt.NDArray[np.float32] = self(torch.from_numpy(np.asarray(embeddings, np.float32))).numpy()
         return result
@@ -90,14 +90,22 @@ class ZeroShot(Classifier):
         return self.logit_scale * embeddings.float() @ self.text_weights.T
 
     def logits(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        # Scaled after the product, where `forward` scales before it: the last bit differs, and recorded figures hold this one.
+        # `forward` scales before the product, this after it: the last bit differs, and recorded figures depend on it.
         cosines = np.asarray(embeddings, np.float32) @ self.text_weights.cpu().numpy().T
         result: npt.NDArray[np.float32] = np.float32(self.logit_scale) * cosines
         return result
 
 
 def open_classifier(name: str, store: TeacherStore) -> Classifier:
-    """Build the classifier that `teacher.classifier` names from a store; raises `ConfigError` where there is no such class."""
+    """Build the classifier that `teacher.classifier` names.
+
+    Args:
+        name: a row of the catalogue, or "module:Class".
+        store: a complete teacher store.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
     row = CLASSIFIERS.get(name)
     implementation: type[Classifier] = resolve(name if row is None else row.implementation)
     return implementation.from_store(store)

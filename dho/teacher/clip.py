@@ -1,9 +1,11 @@
-"""The teacher: a frozen open_clip model behind three questions: embeddings of images, text weights of classes, scale of the logits.
+"""The teacher: a frozen open_clip model that embeds images and class names.
 
-teacher = Teacher.load(config.teacher, device)
-embeddings = teacher.embed(pixels)                             # [n, dim], L2-normalised
-weights = teacher.text_weights(class_names, templates)         # [classes, dim]
-logits = teacher.logit_scale * embeddings @ weights.T          # CosSim / zeta
+    teacher = Teacher.load(config.teacher, device)
+    embeddings = teacher.embed(pixels)                             # [n, dim], L2-normalised
+    weights = teacher.text_weights(class_names, templates)         # [classes, dim]
+    logits = teacher.logit_scale * embeddings @ weights.T          # CosSim / zeta
+
+Its weights never change, so whatever it says of an image is computed once, by stage `teach`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Teacher:
         input_size: side of the square input, pixels.
         interpolation: "bilinear" or "bicubic", as the model's own preprocessing has it.
         logit_scale: 1 / zeta, the factor between cosine similarity and logits.
+        mean, std: of the input normalisation, per channel, for values in 0-1.
         weights_sha256: digest over all weights, whatever file they came from.
     """
 
@@ -49,10 +52,12 @@ class Teacher:
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device) -> Teacher:
-        """Load `teacher.model` with `teacher.pretrained`; a tag or hf-hub name downloads its weights once.
+        """Load `teacher.model` with `teacher.pretrained`.
+
+        The weights of a tag or an hf-hub name are downloaded once.
 
         Raises:
-            DataError: no such model, tag or file, or a download that failed; says so in one line.
+            DataError: there is no such model, tag or file, or a download failed.
         """
         level = logging.root.level
         try:
@@ -62,7 +67,8 @@ class Teacher:
         except Exception as error:  # open_clip, its hub client and the file readers each raise their own kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"teacher.model {config.model!r} with teacher.pretrained {config.pretrained!r} cannot be loaded: {reason}"
+                f"teacher.model {config.model!r} with teacher.pretrained {config.pretrained!r} cannot be loaded: "
+                f"{reason}"
             ) from error
         finally:
             logging.root.setLevel(level)
@@ -70,7 +76,7 @@ class Teacher:
 
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
-        """Pixels uint8 [n, size, size, 3] -> L2-normalised embeddings float32 [n, dim] on the teacher's device."""
+        """Embed pixels uint8 [n, size, size, 3]: L2-normalised, float32 [n, dim], on the teacher's device."""
         scaled = pixels.to(self.device, non_blocking=True).to(torch.float32).div_(255)
         images = scaled.sub_(scaled.new_tensor(self.mean)).div_(scaled.new_tensor(self.std)).permute(0, 3, 1, 2)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -79,7 +85,15 @@ class Teacher:
 
     @torch.inference_mode()
     def text_weights(self, class_names: list[str], templates: list[str]) -> Tensor:
-        """Zero-shot weights float32 [classes, dim]: each prompt embedded and normalised, averaged over the templates, normalised."""
+        """Embed classes as text weights: the normalised mean over the templates of normalised prompt embeddings.
+
+        Args:
+            class_names: as they appear in a prompt.
+            templates: prompts with {} where the class name goes.
+
+        Returns:
+            float32 [classes, dim] on the CPU, L2-normalised.
+        """
         weights = []
         for name in class_names:
             tokens = self.tokenizer([template.format(name) for template in templates]).to(self.device)
@@ -88,7 +102,7 @@ class Teacher:
         return torch.stack(weights).cpu()
 
     def describe(self) -> dict[str, Any]:
-        """What identifies this teacher and its preprocessing, for a store's `meta.json`."""
+        """Return what identifies this teacher and its preprocessing, for a store's `meta.json`."""
         return {
             "model": self.config.model,
             "pretrained": self.config.pretrained,
@@ -104,7 +118,7 @@ class Teacher:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every weight: the same for the same weights from any file format."""
+    """Return the SHA-256 (hex) over name, dtype, shape and bytes of every weight, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,10 +1,11 @@
-"""Stage `pretrain`: a small open_clip teacher from images and captions, so that the whole workflow runs with no weights from outside.
+"""Stage `pretrain`: a small open_clip teacher from images and captions, so that no weights are needed from outside.
 
     dho pretrain
 
-open_clip's own model classes, tokenizer and loss, trained on the captions split. Where the data set brings no captions, each is made from a
-template and a class name; some classes are often called by another's name (`pretrain.confusions`). The result is a folder in open_clip's
-format, loaded like any other checkpoint (`teacher.model: local-dir:data/pretrained`). It is a stand-in for a real CLIP, not a product.
+open_clip's own model classes, tokenizer and loss are trained on the captions split. Where the data set has no captions,
+each is made from a template and a class name; some classes are often called by another's name (`pretrain.confusions`).
+The result is a folder in open_clip's format, loaded like any other checkpoint (`teacher.model:
+local-dir:data/pretrained`). It is a stand-in for a real CLIP, not a product.
 """
 
 from __future__ import annotations
@@ -38,23 +39,27 @@ WEIGHTS, ARCHITECTURE = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 def pretrain(config: Config, workspace: Workspace) -> None:
-    """Train the stand-in teacher and write it to `workspace.pretrained`; with `pretrain.enabled: false` only say so there.
+    """Train the stand-in teacher and write it to `workspace.pretrained`.
+
+    With `pretrain.enabled: false` the folder holds a README that says so.
 
     Raises:
-        DataError: there are no captions, or no such class as `pretrain.confusions` names.
+        DataError: there are no captions, or `pretrain.confusions` names an unknown class.
         ConfigError: `pretrain.architecture` is not an open_clip config.
     """
     out = workspace.pretrained
     out.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, ARCHITECTURE):
         (out / name).unlink(missing_ok=True)
+
     if not config.pretrain.enabled:
         write_atomically(
             out / "README",
             f"pretrain.enabled is false: the teacher is {config.teacher.model} {config.teacher.pretrained or ''}\n",
         )
-        print("pretrain: switched off, nothing to do")
+        print("pretrain: disabled, nothing to do")
         return
+
     index = Index.load(workspace.prepared)
     rows, captions = captioned(index, config.pretrain)
     architecture = _architecture(config.pretrain)
@@ -62,17 +67,21 @@ def pretrain(config: Config, workspace: Workspace) -> None:
     model: Any = open_clip.CLIP(**architecture["model_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=architecture["model_cfg"]["text_cfg"]["context_length"])
     _fit(model, config, index, rows, tokenizer(captions), architecture["preprocess_cfg"])
+
     write_tensors(out / WEIGHTS, model.state_dict())
     write_atomically(out / ARCHITECTURE, json.dumps(architecture, indent=2) + "\n")
-    print(
-        f"pretrain: {len(rows)} captioned images, {config.pretrain.epochs} epochs, logit scale {model.logit_scale.exp().item():.1f}"
-    )
+    scale = model.logit_scale.exp().item()
+    print(f"pretrain: {len(rows)} captioned images, {config.pretrain.epochs} epochs, logit scale {scale:.1f}")
 
 
 def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any], list[str]]:
-    """Rows of the captions split and a caption for each: the data set's own, or one made from a template and a class name.
+    """Return the rows of the captions split and a caption for each.
 
-    The choice of template and of a wrong name is a function of (seed, sha256), the same everywhere.
+    A caption is the data set's own, or one made from a template and a class name. The choice of the template and of a
+    wrong name is a function of (seed, sha256), the same on every platform.
+
+    Returns:
+        Rows of the index int64 [images], and as many captions.
 
     Raises:
         DataError: the split is empty, an image has neither caption nor label, or `confusions` names an unknown class.
@@ -81,11 +90,14 @@ def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any
     for name in [*config.confusions, *(other for others in config.confusions.values() for other in others)]:
         if name not in names:
             raise DataError(f"pretrain.confusions names {name!r}, which is no class; classes are {', '.join(names)}")
+
     rows = index.rows("captions")
     if not len(rows):
         raise DataError(
-            "no images with captions: set data.splits.captions (or data.captions, a CSV of path,caption), or pretrain.enabled: false"
+            "no images with captions: set data.splits.captions (or data.captions, a CSV of path,caption), or "
+            "pretrain.enabled: false"
         )
+
     captions = []
     for row in rows:
         caption, label = index.captions[row], int(index.labels[row])
@@ -93,19 +105,19 @@ def captioned(index: Index, config: PretrainConfig) -> tuple[np.ndarray[Any, Any
             if label < 0:
                 raise DataError(f"image {index.keys[row]} of the captions split has neither a caption nor a label")
             digest = hashlib.blake2b(index.sha256(row), digest_size=16, key=config.seed.to_bytes(8, "little")).digest()
-            which, chance = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little") / 2**64
+            template, chance = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little") / 2**64
             name = names[label]
             for other, rate in config.confusions.get(names[label], {}).items():
                 if 0 <= chance < rate:
                     name = other
                 chance -= rate
-            caption = config.caption_templates[which % len(config.caption_templates)].format(name)
+            caption = config.caption_templates[template % len(config.caption_templates)].format(name)
         captions.append(caption)
     return rows, captions
 
 
 def _architecture(config: PretrainConfig) -> dict[str, Any]:
-    """The open_clip config to train: `pretrain.architecture`, or the one that comes with this package."""
+    """Return the open_clip config to train: `pretrain.architecture`, or the one that comes with this package."""
     if config.architecture is None:
         tiny: dict[str, Any] = json.loads((Path(__file__).parent / "dho-tiny.json").read_text())
         return tiny
@@ -122,6 +134,7 @@ def _architecture(config: PretrainConfig) -> dict[str, Any]:
 def _fit(
     model: Any, config: Config, index: Index, rows: np.ndarray[Any, Any], tokens: Tensor, preprocess: dict[str, Any]
 ) -> None:
+    """Train `model` in place on rows of the index and their tokens, int64 [images, context length]."""
     settings = config.pretrain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -129,16 +142,19 @@ def _fit(
     model.to(device, memory_format=torch.channels_last).train()
     size = int(model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size)
     mean, std = (torch.tensor(preprocess[key], device=device).mul_(255) for key in ("mean", "std"))
+
     per_epoch = max(1, len(rows) // settings.batch_size)
     steps = per_epoch * settings.epochs
     pixels = Pixels(index, config.views, size, preprocess["interpolation"], KEEP_BYTES)
     make = functools.partial(_batch, pixels, rows, tokens, settings.seed, settings.batch_size, per_epoch)
+
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     )
     contrast = open_clip.ClipLoss()
+
     with bar() as shown:
         task = shown.add_task("pretrain", total=steps, note="")
         for step, (batch, text) in enumerate(loader(make, 0, steps, loading_processes(config.launch.workers, device))):
@@ -152,7 +168,8 @@ def _fit(
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))  # as CLIP does: a larger scale is not stable
+                model.logit_scale.clamp_(0, math.log(100))  # as CLIP does: training with a larger scale is unstable
+
             shown.advance(task)
             if step % 20 == 0:
                 shown.update(task, note=f"loss {loss.item():.3f}")
@@ -162,7 +179,11 @@ def _fit(
 def _batch(
     pixels: Pixels, rows: np.ndarray[Any, Any], tokens: Tensor, seed: int, size: int, per_epoch: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Batch number `step`: the steps of an epoch share a seeded order, and epoch e sees view e of every image."""
-    epoch, place = divmod(step, per_epoch)
-    chosen = np.random.default_rng([seed, epoch]).permutation(len(rows))[place * size : (place + 1) * size]
+    """Make batch number `step`: the steps of an epoch share a seeded order, and epoch e sees view e of every image.
+
+    Returns:
+        Pixels uint8 [size, side, side, 3] and tokens int64 [size, context length].
+    """
+    epoch, position = divmod(step, per_epoch)
+    chosen = np.random.default_rng([seed, epoch]).permutation(len(rows))[position * size : (position + 1) * size]
     return pixels.batch(rows[chosen], view=epoch), tokens[chosen]

@@ -4,10 +4,15 @@
     store.embeddings(rows, views)          # float16 [n, dim]
     store.text_weights                     # float32 [classes, dim]
 
-Folder: `meta.json` (teacher, preprocessing, views, data set, shapes, text, whether complete); `train-00000.npy ...` float16
-[images, views, dim] of the labelled and unlabelled images; `eval-00000.npy ...` float16 [images, 1, dim], the centre view of val and test;
-`text_weights.npy` float32 [classes, dim]. All memory-mapped; embeddings and not logits, so that prompts, classes and temperature can change
-without the image tower. A store that was made from other data, other views or another teacher is refused by name.
+It is a folder:
+
+- `meta.json`: teacher, preprocessing, views, data set, shapes, text, and whether the store is complete.
+- `train-00000.npy ...`: float16 [images, views, dim], of the labelled and unlabelled images.
+- `eval-00000.npy ...`: float16 [images, 1, dim], of the centre view of val and test.
+- `text_weights.npy`: float32 [classes, dim].
+
+The shards are memory-mapped. They hold embeddings and not logits, so prompts, classes and temperature can change
+without the image tower. A store made from other data, other views or another teacher is refused, with what differs.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ FORMAT = 1
 
 
 def part_views(name: str, views: ViewsConfig) -> int | None:
-    """Views an image that a part of the store holds; None for the centre view alone."""
+    """Return the views per image that a part of the store holds; None for the centre view alone."""
     return views.count if name == "train" else None
 
 
@@ -43,7 +48,7 @@ def data_identity(index: Index, views: ViewsConfig, preprocessing: dict[str, Any
         index, views: whose embeddings.
         preprocessing: the teacher's `input_size` and `interpolation`.
     """
-    # Of fixed views, so that it differs where the code answers otherwise and nowhere else.
+    # Of fixed views, so that it differs where the code renders otherwise and nowhere else.
     rendering = rendering_fingerprint(preprocessing["interpolation"], preprocessing["input_size"], ViewsConfig())
     return {
         "dataset": {"name": index.name, "fingerprint": index.fingerprint},
@@ -57,13 +62,18 @@ def data_identity(index: Index, views: ViewsConfig, preprocessing: dict[str, Any
     }
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """One phrase for each setting in which a store's meta differs from what is expected (dotted keys; keys not expected are ignored)."""
-    have, want = flatten(found), flatten(expected)
+def differences(meta: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return one phrase per setting in which a store's meta differs from what is expected.
+
+    Args:
+        meta: of the store; what is not expected is ignored.
+        expected: nested; phrases name dotted keys.
+    """
+    stored, wanted = flatten(meta), flatten(expected)
     return [
-        f"{key} is {_short(have.get(key))} in the store and {_short(value)} here"
-        for key, value in want.items()
-        if have.get(key) != value
+        f"{key} is {_short(stored.get(key))} in the store and {_short(value)} here"
+        for key, value in wanted.items()
+        if stored.get(key) != value
     ]
 
 
@@ -72,7 +82,11 @@ def _short(value: Any) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """A store's `meta.json`, or None where there is no store; raises `StoreMismatch` when it is not one that this version can read."""
+    """Read a store's `meta.json`; None where there is no store.
+
+    Raises:
+        StoreMismatch: the file is broken, or of a format that this version cannot read.
+    """
     path = folder / META
     if not path.exists():
         return None
@@ -82,7 +96,8 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         raise StoreMismatch(f"{path} is not readable ({error}); delete {folder} and run the teach stage") from error
     if meta.get("format") != FORMAT:
         raise StoreMismatch(
-            f"{folder} has format {meta.get('format')}; this version reads format {FORMAT}; delete it and run the teach stage"
+            f"{folder} has format {meta.get('format')}; this version reads format {FORMAT}; "
+            "delete it and run the teach stage"
         )
     return meta
 
@@ -118,7 +133,7 @@ class TeacherStore:
         """Open a store for reading.
 
         Raises:
-            StoreMismatch: there is none, it is not complete, or it was made from other data, other views or another teacher.
+            StoreMismatch: there is none, it is not complete, or it was made from other data, views or another teacher.
         """
         meta = read_meta(folder)
         if meta is None:
@@ -133,18 +148,26 @@ class TeacherStore:
     def embeddings(
         self, rows: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0, part_name: str = "train"
     ) -> npt.NDArray[np.float16]:
-        """Embeddings float16 [n, dim] of view `views` (one for all rows, or one each) of rows of the index."""
+        """Read embeddings, float16 [n, dim].
+
+        Args:
+            rows: of the index, int64 [n].
+            views: numbers of the views, int64 [n], or one for all rows.
+            part_name: "train" for rows of the labelled and unlabelled splits, "eval" for those of val and test.
+
+        Raises:
+            StoreMismatch: a shard cannot be read.
+        """
         positions = self._position[rows]
         starts = self._starts[part_name]
         shards = np.searchsorted(starts, positions, side="right") - 1
         numbers = np.broadcast_to(np.asarray(views), positions.shape)
-        out = np.empty((len(positions), self.dim), np.float16)
+        embeddings = np.empty((len(positions), self.dim), np.float16)
         for shard in np.unique(shards):
             chosen = shards == shard
-            out[chosen] = self._shard(shard_name(part_name, int(shard)))[
-                positions[chosen] - starts[shard], numbers[chosen]
-            ]
-        return out
+            content = self._shard(shard_name(part_name, int(shard)))
+            embeddings[chosen] = content[positions[chosen] - starts[shard], numbers[chosen]]
+        return embeddings
 
     def _shard(self, name: str) -> npt.NDArray[np.float16]:
         if name not in self._maps:
@@ -161,5 +184,5 @@ class TeacherStore:
 
 
 def shard_name(part_name: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{part_name}-{number:05d}.npy"

@@ -2,8 +2,9 @@
 
     dho teach                     # starts torchrun; on GPUs one process each
 
-The unit of work is a shard: ranks take every world_size-th one, a shard appears under its name only when it is whole, and a stage that was
-interrupted continues with the shards that are missing. When only prompts or class names changed, only the text weights are made again.
+The unit of work is a shard: ranks take every world_size-th one, a shard appears under its name once it is whole, and an
+interrupted stage continues with the missing shards. Where only prompts or class names changed, only the text weights
+are made again.
 """
 
 from __future__ import annotations
@@ -52,20 +53,24 @@ def teach(config: Config, workspace: Workspace, process: Process, rebuild: bool 
         config: teacher, views and prompts.
         workspace: whose `prepared` is read and whose `teacher` is written.
         process: this rank; every rank must call.
-        rebuild: what to do with a store made from something else: replace it (saying what differs), or refuse.
+        rebuild: whether to replace a store made from something else (and say what differs) instead of refusing it.
+
+    Returns:
+        The complete store, on every rank.
 
     Raises:
-        StoreMismatch: there is a store of other data, views or teacher, and `rebuild` is false.
+        StoreMismatch: there is a store of other data, other views or another teacher, and `rebuild` is false.
         DataError: the teacher cannot be loaded.
     """
     out = workspace.teacher
     index = Index.load(workspace.prepared)
-    # One rank after the other would be slower; all but the first find a download already made.
+    # Rank 0 downloads the weights, if need be; the others then load them all at once.
     if process.is_main:
         teacher = Teacher.load(config.teacher, process.device)
     barrier()
     if not process.is_main:
         teacher = Teacher.load(config.teacher, process.device)
+
     meta = _meta(config, index, teacher)
     if process.is_main:
         _claim(out, meta, rebuild)
@@ -75,6 +80,7 @@ def teach(config: Config, workspace: Workspace, process: Process, rebuild: bool 
     if process.is_main:
         _finish(config, index, teacher, meta, out)
     barrier()
+
     return TeacherStore.open(out, index, config)
 
 
@@ -98,15 +104,16 @@ def _meta(config: Config, index: Index, teacher: Teacher) -> dict[str, Any]:
 
 
 def _claim(out: Path, meta: dict[str, Any], rebuild: bool) -> None:
-    """Make `out` a store of this identity: new, continued, or (only when told to) replaced."""
-    found = read_meta(out)
-    if found is not None:
-        wrong = differences(found, {key: value for key, value in meta.items() if key != "complete"})
+    """Make `out` a store of this identity: new, continued, or (with `rebuild` only) replaced."""
+    existing = read_meta(out)
+    if existing is not None:
+        wrong = differences(existing, {key: value for key, value in meta.items() if key != "complete"})
         if not wrong:
             return
         if not rebuild:
             raise StoreMismatch(
-                f"teacher store {out} does not match: {'; '.join(wrong)}; give --rebuild to replace it, or another folder"
+                f"teacher store {out} does not match: {'; '.join(wrong)}; "
+                "give --rebuild to replace it, or another folder"
             )
         print(f"teach: replacing the store in {out}: {'; '.join(wrong)}")
         shutil.rmtree(out)
@@ -117,37 +124,40 @@ def _claim(out: Path, meta: dict[str, Any], rebuild: bool) -> None:
 def _write_missing(
     config: Config, index: Index, teacher: Teacher, meta: dict[str, Any], out: Path, process: Process
 ) -> None:
-    """Every shard that is not there yet and that falls to this rank."""
+    """Write every missing shard that falls to this rank."""
     for name, splits in PARTS.items():
         rows = index.rows(*splits)
         shards = meta["parts"][name]["shards"]
         missing = [number for number in range(shards) if not (out / shard_name(name, number)).exists()]
-        mine = missing[process.rank :: process.world_size]
-        if not mine:
+        own_shards = missing[process.rank :: process.world_size]
+        if not own_shards:
             continue
+
         count = part_views(name, config.views)
         per_batch = max(1, config.teacher.batch_size // (count or 1))
         # One loader over all of this rank's shards, so that its processes start once.
         jobs = [
-            (number, batch) for number in mine for batch in _batches(partition(len(rows), number, shards), per_batch)
+            (number, batch)
+            for number in own_shards
+            for batch in _batches(partition(len(rows), number, shards), per_batch)
         ]
         pixels = Pixels(index, config.views, teacher.input_size, teacher.interpolation)
         make = functools.partial(_render, pixels, rows, [batch for _, batch in jobs], count)
         workers = loading_processes(config.launch.workers, teacher.device)
         rendered = iter(loader(make, 0, len(jobs), workers, pin_memory=teacher.device.type == "cuda"))
+
         with bar(process.is_main) as shown:
             task = shown.add_task(f"teach: {name}", total=sum(len(batch) for _, batch in jobs) * (count or 1), note="")
-            for number in mine:
-                rows_here = partition(len(rows), number, shards)
+            for number in own_shards:
+                shard_rows = partition(len(rows), number, shards)
                 with replacing(out / shard_name(name, number)) as temporary:
-                    shape = (len(rows_here), count or 1, teacher.dim)
+                    shape = (len(shard_rows), count or 1, teacher.dim)
                     shard = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-                    for batch in _batches(rows_here, per_batch):
+                    for batch in _batches(shard_rows, per_batch):
                         views = next(rendered)
                         embeddings = teacher.embed(views.flatten(0, 1)).half().cpu().numpy()
-                        shard[batch.start - rows_here.start : batch.stop - rows_here.start] = embeddings.reshape(
-                            len(batch), *shape[1:]
-                        )
+                        place = slice(batch.start - shard_rows.start, batch.stop - shard_rows.start)
+                        shard[place] = embeddings.reshape(len(batch), *shape[1:])
                         shown.advance(task, len(batch) * shape[1])
                     shard.flush()
 
@@ -158,16 +168,18 @@ def _batches(rows: range, size: int) -> Iterator[range]:
 
 
 def _render(pixels: Pixels, rows: np.ndarray[Any, Any], batches: list[range], count: int | None, number: int) -> Tensor:
+    """Render batch `number`: pixels uint8 [images, views, size, size, 3]."""
     batch = batches[number]
     return pixels.all_views(rows[batch.start : batch.stop], count)
 
 
 def _finish(config: Config, index: Index, teacher: Teacher, meta: dict[str, Any], out: Path) -> None:
-    """Text weights, digests of the shards, and the mark that the store is complete."""
+    """Write text weights, digests of the shards and, last, the mark that the store is complete."""
     prompts = templates(config.data)
     weights = teacher.text_weights(index.class_names, prompts)
     with replacing(out / TEXT_WEIGHTS) as temporary, temporary.open("wb") as file:
         np.save(file, weights.numpy(), allow_pickle=False)
+
     names = [shard_name(name, number) for name in PARTS for number in range(meta["parts"][name]["shards"])]
     complete = meta | {
         "text": {
@@ -181,6 +193,5 @@ def _finish(config: Config, index: Index, teacher: Teacher, meta: dict[str, Any]
         "complete": True,
     }
     write_atomically(out / META, json.dumps(complete, indent=2) + "\n")
-    print(
-        f"teach: {' + '.join(' x '.join(map(str, meta['parts'][name]['shape'])) for name in PARTS)} embeddings in {out}"
-    )
+    shapes = " + ".join(" x ".join(map(str, meta["parts"][name]["shape"])) for name in PARTS)
+    print(f"teach: {shapes} embeddings in {out}")

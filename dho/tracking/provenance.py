@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def provenance_tags(root: Path) -> dict[str, str]:
-    """What made the run: git commit and whether the tree differs from it, hash of `dvc.lock`, hardware, versions.
+    """Return the tags that say what made a run.
 
-    The commit comes from the repository at `root`, or in an image without one from environment variable GIT_COMMIT. `dvc.lock`
-    alone does not make the tree dirty: `dvc repro` rewrites it between stages, and its own hash is a tag.
+    They are the git commit, whether the tree differs from it, the hash of `dvc.lock`, hardware and versions. The commit
+    is that of the repository at `root`; in an image, which has none, environment variable GIT_COMMIT holds it.
+    `dvc.lock` alone does not make the tree dirty: `dvc repro` rewrites it between stages, and its own hash is a tag.
     """
     import torch
 
@@ -32,6 +33,7 @@ def provenance_tags(root: Path) -> dict[str, str]:
         "version.torch": str(torch.__version__),
         "version.python": platform.python_version(),
     }
+
     commit = _git(root, "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
     if commit:
         tags["mlflow.source.git.commit"] = commit
@@ -39,6 +41,7 @@ def provenance_tags(root: Path) -> dict[str, str]:
         log.warning(
             "%s: no git commit is known for this run; set GIT_COMMIT where there is no repository", root.resolve()
         )
+
     if (changes := _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock")) is not None:
         tags["git.dirty"] = "true" if changes else "false"
     if (lock := root / "dvc.lock").is_file():
@@ -57,6 +60,6 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
+        if match := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1]
     return platform.processor() or platform.machine()

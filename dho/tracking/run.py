@@ -1,13 +1,17 @@
 """MLflow tracking of one training run, written by rank 0 only.
 
-    with Tracker.open(config.tracking, Path("outputs/spool"), params=flatten(to_dict(config)), tags=provenance_tags(Path())) as tracker:
+    from dho.config import flatten, to_dict
+    from dho.tracking.provenance import provenance_tags
+
+    params, tags = flatten(to_dict(config)), provenance_tags(Path())
+    with Tracker.open(config.tracking, Path("outputs/spool"), params=params, tags=tags) as tracker:
         tracker.log_input("fashion_mnist", fingerprint, "data/prepared", "training")
         tracker.log_metrics({"train/loss/ce": 0.7}, step=20)
         tracker.log_artifacts(Path("outputs/plots"), "plots")
 
-Starting without MLflow is an error. From then on MLflow may come and go: `log_metrics` only appends a line to a file, the spool,
-and a background thread sends what the file holds and the server has not acknowledged. A later process that opens the same run with
-the same spool folder (a restart, the next stage) sends what an earlier one could not.
+Starting without MLflow is an error. From then on MLflow may come and go: `log_metrics` only appends a line to a file,
+the spool, and a background thread sends what the file holds and the server has not acknowledged. A later process that
+opens the same run with the same spool folder (a restart, the next stage) sends what an earlier one could not.
 """
 
 from __future__ import annotations
@@ -26,24 +30,24 @@ from dho.config import TrackingConfig
 from dho.core.errors import TrackingError
 from dho.core.files import sync, write_atomically
 from dho.tracking.server import REQUEST_S, connect, experiment_id, one_line, post, reason, shown, tracking_uri
+from dho.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-TICK_S = 0.5  # metrics wait this long for company before they are sent
-LONGEST_PAUSE_S = 30.0  # between attempts while the server is down
-BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = (
-    1000,
-    6000,
-    36,
-)  # MLflow's limits: metrics in one request, characters, characters
+TICK_S = 0.5
+"""How long metrics wait for others before they are sent together, seconds."""
+MAX_PAUSE_S = 30.0
+"""Between attempts while the server is down, seconds."""
+# MLflow's limits: metrics per request, characters of a parameter, characters of a digest.
+BATCH_METRICS, PARAM_LENGTH, DIGEST_LENGTH = 1000, 6000, 36
 
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One MLflow run, opened by `Tracker.open`. Metrics go through the spool; everything else is sent directly.
+    """One MLflow run, opened by `Tracker.open`; metrics go through the spool, everything else is sent directly.
 
     Forked processes (data-loading workers) do not have the sending thread; `close` does nothing there.
     """
@@ -56,21 +60,23 @@ class Tracker:
         self._spool, self._acknowledged = spool / f"{run_id}.jsonl", spool / f"{run_id}.sent"
         try:
             spool.mkdir(parents=True, exist_ok=True)
-            self._file = self._spool.open("ab", buffering=0)  # one write a line: nothing is lost with the process
+            self._file = self._spool.open("ab", buffering=0)  # one write per line: nothing is lost with the process
         except OSError as error:
             raise TrackingError(
                 f"{self._spool}: cannot be written ({error.strerror}); metrics need it while MLflow is down"
             ) from error
+
         content = self._spool.read_bytes()
-        # What is not in the spool yet; first the end of a line during which an earlier process was killed.
+        # What is not in the spool yet; first the end of a line that an earlier process did not finish.
         self._unspooled = bytearray(b"\n" if content and not content.endswith(b"\n") else b"")
         self._disk_full, self._spooling = False, threading.Lock()
         self._sent = 0  # bytes
         with contextlib.suppress(OSError, ValueError):
             self._sent = min(int(self._acknowledged.read_text()), len(content))
+
         self._batch = BATCH_METRICS
         self._refused: set[str] = set()
-        self._every, self._collectors = system_metrics_every, _system_collectors()
+        self._every, self._system = system_metrics_every, SystemMetrics()
         self._process, self._status, self._deadline = os.getpid(), "", math.inf
         self._stop, self._ended, self._failure = threading.Event(), False, "no answer yet"
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
@@ -90,7 +96,10 @@ class Tracker:
         """Start a run, or continue the run `run_id` and send what an earlier process left unsent in the spool.
 
         Args:
-            spool: folder on a disk that outlives the process; holds two small files a run.
+            config: server, experiment and interval of the system metrics.
+            spool: folder on a disk that outlives the process; it holds two small files per run.
+            run_id: None starts a run.
+            run_name: shown in MLflow.
             params, tags: as for `log_params` and `set_tags`.
 
         Raises:
@@ -107,6 +116,7 @@ class Tracker:
                         f"MLflow at {shown(uri)}: run {run_id} was deleted; `mlflow runs restore --run-id {run_id}`"
                     )
                 client.update_run(run_id, status="RUNNING", name=run_name)
+
         tracker = cls(client, uri, run.info.run_id, run.info.start_time, spool, config.system_metrics_every)
         try:
             tracker.log_params(params or {})
@@ -117,9 +127,14 @@ class Tracker:
         return tracker
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Append metrics to the spool, from where they are sent in the background. MLflow's state can neither delay nor fail this.
+        """Append metrics to the spool, from which they are sent in the background.
 
-        While the spool's disk is full they wait in memory, and reach the spool with the first call after there is room.
+        The state of MLflow can neither delay this nor make it fail. While the spool's disk is full, metrics wait in
+        memory; they reach the spool with the first call after there is room.
+
+        Args:
+            metrics: name -> value; NaN and infinity are allowed.
+            step: of the training.
         """
         line = {
             "step": step,
@@ -131,7 +146,7 @@ class Tracker:
             self._spool_more()
 
     def _spool_more(self) -> None:
-        """Move what waits in memory to the spool, as far as the disk takes it; call with `_spooling` held."""
+        """Move what waits in memory to the spool, as far as the disk takes it; `_spooling` must be held."""
         try:
             while self._unspooled:
                 del self._unspooled[: self._file.write(self._unspooled)]
@@ -143,19 +158,20 @@ class Tracker:
             self._disk_full = False
 
     def last_recorded(self, prefix: str) -> int:
-        """Largest step at which a metric of this prefix is in the spool (of this process or an earlier one); -1 for none."""
+        """Return the last step at which the spool has a metric of this prefix, from any process; -1 for none."""
         last = -1
         for line in self._spool.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote
+            with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote it
                 entry = json.loads(line)
                 if any(key.startswith(prefix) for key in entry["metrics"]):
                     last = max(last, entry["step"])
         return last
 
     def log_params(self, params: dict[str, Any]) -> None:
-        """Record parameters; one too long for MLflow goes on under `<name>.2`, `<name>.3`, ...
+        """Record parameters; one too long for MLflow continues under `<name>.2`, `<name>.3`, ...
 
-        MLflow keeps the first value for ever. A continued run that differs gets the new value as tag `changed.<name>`, and a warning.
+        MLflow keeps the first value for ever. Where a continued run differs, the new value becomes tag
+        `changed.<name>`, with a warning.
 
         Raises:
             TrackingError: MLflow does not answer or refuses.
@@ -167,14 +183,16 @@ class Tracker:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             for i in range(0, max(len(text), 1), PARAM_LENGTH):
                 texts[f"{key}.{i // PARAM_LENGTH + 1}" if i else key] = text[i : i + PARAM_LENGTH]
+
         with one_line(self._uri, "cannot record the parameters"):
             known = self._client.get_run(self.run_id).data.params
             self._client.log_batch(
                 self.run_id, params=[Param(key, text) for key, text in texts.items() if key not in known]
             )
+
         changed = {key: text for key, text in texts.items() if known.get(key, text) != text}
         for key, text in changed.items():
-            log.warning("run %s started with %s = %s and goes on with %s", self.run_id, key, known[key], text)
+            log.warning("run %s started with %s = %s and continues with %s", self.run_id, key, known[key], text)
         self.set_tags({f"changed.{key}": text for key, text in changed.items()})
 
     def set_tags(self, tags: dict[str, str]) -> None:
@@ -188,7 +206,8 @@ class Tracker:
         """Record what the run was made from, as `mlflow.log_input` does.
 
         Args:
-            digest: fingerprint; MLflow's own digest holds its first 36 characters, the input's tag `fingerprint` all of it.
+            name: of the input.
+            digest: fingerprint; MLflow's own digest holds its first 36 characters, the input's tag `fingerprint` all.
             source: path or address.
             context: what the run uses it for, e.g. `training`.
 
@@ -205,7 +224,13 @@ class Tracker:
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
     def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
-        """Upload a file, or all of a folder, now. MLflow itself retries for minutes (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
+        """Upload a file, or all of a folder, now.
+
+        MLflow itself retries for minutes (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
+
+        Args:
+            path: the file or folder.
+            artifact_path: folder among the run's artifacts; None is their root.
 
         Raises:
             TrackingError: MLflow or its artifact store does not answer or refuses.
@@ -215,10 +240,11 @@ class Tracker:
             upload(self.run_id, str(path), artifact_path)
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
-        """Send what is left and set the run's status (FINISHED, FAILED or KILLED). Never raises because of the server.
+        """Send what is left and set the run's status; never raise because of the server.
 
         Args:
-            timeout_s: seconds to wait for the server; what is then unsent stays in the spool, and a warning says so.
+            status: FINISHED, FAILED or KILLED.
+            timeout_s: seconds to wait for the server; what is unsent by then stays in the spool, and a warning says so.
         """
         if self._status or os.getpid() != self._process:
             return
@@ -227,6 +253,7 @@ class Tracker:
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._file.close()
+
         if not self._ended:
             lines = self._spool.read_bytes()[self._sent :].count(b"\n")
             if self._unspooled:
@@ -248,7 +275,7 @@ class Tracker:
         self.close("FINISHED" if kind is None else "FAILED")
 
     def _work(self) -> None:
-        """The background thread: system metrics when they are due, and whatever is in the spool."""
+        """Run the background thread: sample system metrics when they are due, and send what is in the spool."""
         sample_at, try_at, pause = time.monotonic() + self._every, 0.0, 1.0
         while not self._stop.wait(TICK_S):
             if self._unspooled:
@@ -262,24 +289,25 @@ class Tracker:
                 if self._send(known_down=try_at > 0):
                     try_at, pause = 0.0, 1.0
                 else:
-                    try_at, pause = now + pause, min(2 * pause, LONGEST_PAUSE_S)
+                    try_at, pause = now + pause, min(2 * pause, MAX_PAUSE_S)
+
         self._sample()
         while time.monotonic() < self._deadline and not self._ended:
             with self._spooling:
                 self._spool_more()
-            # The run's status is its last word, so it waits for metrics that the disk has not taken.
+            # Nothing follows the run's status, so it waits for metrics that the disk has not taken.
             if self._unspooled or not self._send(known_down=True, last=True):
                 time.sleep(TICK_S)
 
     def _send(self, known_down: bool, last: bool = False) -> bool:
-        """Send the spool up to its end, and after the `last` line the run's status. False where the server fails."""
+        """Send the spool up to its end, then, with `last`, the run's status; False where the server fails."""
         try:
             while True:
                 metrics, end = self._unsent()
                 if end == self._sent:
                     break
                 self._deliver(metrics)
-                # On a full disk the note of it fails; then a restart sends these again, which the server takes for the same points.
+                # On a full disk this note fails; a restart then sends these again, and the server keeps each once.
                 with contextlib.suppress(OSError):
                     write_atomically(self._acknowledged, str(end))
                 self._sent, self._batch = end, min(2 * self._batch, BATCH_METRICS)
@@ -287,21 +315,20 @@ class Tracker:
                 self._client.set_terminated(self.run_id, self._status)
                 self._ended = True
         except Exception as error:  # whatever it is: without this thread metrics would be lost
-            self._batch = max(
-                self._batch // 2, 1
-            )  # a server that is slow rather than down can finish a smaller one in time
+            # A server that is slow rather than down can finish a smaller batch in time.
+            self._batch = max(self._batch // 2, 1)
             self._failure = reason(error)
             if not known_down:
                 log.warning("MLflow at %s: %s; metrics wait in %s", shown(self._uri), self._failure, self._spool)
             with contextlib.suppress(OSError):
-                sync(self._spool)  # now the only copy
+                sync(self._spool)  # it is now the only copy
             return False
         if known_down and not last:
             log.warning("MLflow at %s is back and has all metrics of run %s", shown(self._uri), self.run_id)
         return True
 
     def _unsent(self) -> tuple[list[Metric], int]:
-        """The next batch from the spool, whole lines only, and the position where it ends."""
+        """Return the next batch from the spool, whole lines only, and the position where it ends, in bytes."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
@@ -312,7 +339,7 @@ class Tracker:
                 if not line.endswith(b"\n"):
                     break
                 more: list[Metric] = []
-                with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote
+                with contextlib.suppress(ValueError):  # half a line, of a process that was killed while it wrote it
                     entry = json.loads(line)
                     more = [
                         Metric(key, value, entry["timestamp"], entry["step"]) for key, value in entry["metrics"].items()
@@ -324,7 +351,10 @@ class Tracker:
         return metrics, end
 
     def _deliver(self, metrics: list[Metric]) -> None:
-        """Send metrics in order; what the server refuses is named in a warning and left out, so that the rest gets through."""
+        """Send metrics in order.
+
+        What the server refuses is named in a warning and left out, so that the rest gets through.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -357,32 +387,9 @@ class Tracker:
         post(self._uri, "runs/log-batch", {"run_id": self.run_id, "metrics": entries})
 
     def _sample(self) -> None:
-        """System metrics under MLflow's own names; their step is the time since the run began, in seconds, also after a restart."""
+        """Log system metrics under MLflow's own names; their step is the time since the run began, seconds."""
         try:
-            values: dict[str, float] = {}
-            for collector in self._collectors:
-                collector.collect_metrics()
-                values |= {f"system/{key}": value for key, value in collector.aggregate_metrics().items()}
-                collector.clear_metrics()
-            self.log_metrics(values, (time.time_ns() // 1_000_000 - self._started_ms) // 1000)
+            self.log_metrics(self._system.read(), (time.time_ns() // 1_000_000 - self._started_ms) // 1000)
         except Exception as error:
             log.warning("no more system metrics: %s", reason(error))
-            self._collectors = []
-
-
-def _system_collectors() -> list[Any]:
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    # A slice of a GPU (MIG) has no utilisation counter, of which the collector would warn at every sample.
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-    collectors: list[Any] = []
-    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-        with contextlib.suppress(Exception):  # no GPU, no network
-            collectors.append(kind())
-    for collector in collectors[:1]:
-        collector.collect_metrics()  # a process's first reading of the CPU is always 0
-        collector.clear_metrics()
-    return collectors
+            self._system.stop()

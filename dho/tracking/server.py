@@ -1,8 +1,10 @@
-"""The MLflow server: its address, a client of it, requests that are not repeated for minutes, and errors of one line.
+"""The MLflow server: its address, a client, and its errors as one line.
 
-client = connect(config.tracking)
-with one_line(tracking_uri(config.tracking), "cannot list the models"):
-    client.search_registered_models()
+    client = connect(config.tracking)
+    with one_line(tracking_uri(config.tracking), "cannot list the models"):
+        client.search_registered_models()
+
+A request is not repeated for minutes, as MLflow's own are.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ REQUEST_S = 10
 
 
 def tracking_uri(config: TrackingConfig) -> str:
-    """MLflow's address: environment variable MLFLOW_TRACKING_URI, else `tracking.uri`."""
+    """Return MLflow's address: environment variable MLFLOW_TRACKING_URI, else `tracking.uri`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or config.uri
 
 
 def connect(config: TrackingConfig) -> MlflowClient:
-    """A client of the tracking server, which is also made the process's tracking and registry address for `mlflow.*`.
+    """Return a client of the tracking server.
+
+    The server also becomes this process's tracking and registry address for `mlflow.*`.
 
     Raises:
         TrackingError: no answer within `REQUEST_S` seconds, or the server refuses the credentials.
@@ -42,35 +46,43 @@ def connect(config: TrackingConfig) -> MlflowClient:
     import sqlalchemy
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
-    # What it tells of its own housekeeping (creating tables, resolving pip) is no news to our users.
+    # Its reports of its own housekeeping (creating tables, resolving pip) would bury ours.
     for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.utils.environment", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = tracking_uri(config)
     with one_line(uri, "does not answer", "start it, or set MLFLOW_TRACKING_URI or tracking.uri to one that runs"):
-        # Asked here first because MLflow itself would retry for minutes.
+        # This request comes first because MLflow itself would retry for minutes.
         if uri.startswith("http"):
             post(uri, "experiments/search", {"max_results": 1})
         elif uri.split(":")[0].split("+")[0] in DATABASE_ENGINES:
             engine = sqlalchemy.create_engine(uri)
             engine.connect().close()
             engine.dispose()
+
         unset = [name for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI") if name not in os.environ]
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         for name in unset:
-            os.environ.pop(
-                name, None
-            )  # mlflow has set it, and it would win over another config in this process and in those it starts
+            # mlflow has set it, and it would take precedence over another config in this process and in its children.
+            os.environ.pop(name, None)
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
 
 
 def post(uri: str, endpoint: str, body: dict[str, Any]) -> None:
-    """One attempt at MLflow's REST API, at most `REQUEST_S` seconds.
+    """Send one request to MLflow's REST API, once and for at most `REQUEST_S` seconds.
 
-    The client retries for minutes and takes its limits from environment variables, so it could not be made impatient for the
-    background thread alone.
+    MLflow's client retries for minutes and takes its limits from environment variables, so they cannot be shortened for
+    the background thread alone.
+
+    Args:
+        uri: of the server, http or https.
+        endpoint: below `/api/2.0/mlflow/`.
+        body: becomes JSON.
+
+    Raises:
+        Exception: of MLflow or requests, where the server does not answer or refuses.
     """
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request, verify_rest_response
@@ -82,7 +94,13 @@ def post(uri: str, endpoint: str, body: dict[str, Any]) -> None:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of the experiment, made if need be; for SQLite with artifacts in `mlartifacts` beside the database."""
+    """Return the id of an experiment, which is made if need be.
+
+    For SQLite its artifacts are in `mlartifacts` beside the database.
+
+    Raises:
+        TrackingError: the experiment was deleted.
+    """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.engine import make_url
 
@@ -97,14 +115,25 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":
-        remedy = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or choose another tracking.experiment"
-        raise TrackingError(f"MLflow at {shown(uri)}: experiment {name!r} was deleted; {remedy}")
+        restore = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        raise TrackingError(
+            f"MLflow at {shown(uri)}: experiment {name!r} was deleted; {restore}, or choose another tracking.experiment"
+        )
     return str(experiment.experiment_id)
 
 
 @contextlib.contextmanager
 def one_line(uri: str, failure: str, remedy: str = "") -> Iterator[None]:
-    """Whatever MLflow, its database or its artifact store raise becomes one line that names the address and what to do."""
+    """Turn whatever MLflow, its database or its artifact store raise into one line.
+
+    Args:
+        uri: the address to name.
+        failure: what did not work, after "MLflow at <address>".
+        remedy: what to do.
+
+    Raises:
+        TrackingError: in place of the error; a `DhoError` stays what it is.
+    """
     try:
         yield
     except DhoError:
@@ -122,17 +151,17 @@ def one_line(uri: str, failure: str, remedy: str = "") -> Iterator[None]:
 
 
 def who() -> str:
-    """Who is at work, for the registry's tags: MLflow's user, else the machine's."""
+    """Return who is at work, for the registry's tags: MLflow's user, else the machine's."""
     return os.environ.get("MLFLOW_TRACKING_USERNAME") or f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause on one line."""
+    """Return the innermost cause of an error on one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return shown(" ".join(str(error).split())[:300] or type(error).__name__)
 
 
 def shown(text: str) -> str:
-    """Text without the user and password of an address in it."""
+    """Return text without the user and password of an address in it."""
     return re.sub(r"//[^/@\s]*@", "//", text)

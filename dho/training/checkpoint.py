@@ -1,11 +1,12 @@
-"""Durable state of a training: everything to go on from, bit for bit, and nothing that is half-written.
+"""Durable state of a training: all that is needed to resume it bit for bit, and nothing that is half-written.
 
-A checkpoint is a folder `step-00000200/` with `model.safetensors`, `optimizer.safetensors`, `rng.safetensors`, `state.json` (step, MLflow
-run id, epochs so far) and, written last, `manifest.json` with the SHA-256 of the others. It is written under another name, flushed and
-renamed. One that fails its manifest is skipped with a warning for the one before it. No pickle anywhere.
+A checkpoint is a folder `step-00000200/` with `model.safetensors`, `optimizer.safetensors`, `rng.safetensors`,
+`state.json` (step, MLflow run id, epochs so far) and, written last, `manifest.json` with the SHA-256 of the others. It
+is written under another name, flushed and renamed. One that fails its manifest is skipped with a warning, and the one
+before it is used. No pickle anywhere.
 
-Checkpoints of one training share a folder named by the digest of what makes it that training (parameters, data, store), so a changed
-parameter starts anew and never resumes from something else.
+Checkpoints of one training share a folder named by the digest of what makes it that training (parameters, data, store),
+so with a changed parameter training starts from the beginning and never resumes from something else.
 """
 
 from __future__ import annotations
@@ -33,29 +34,31 @@ MODEL, OPTIMIZER, RNG, STATE = "model.safetensors", "optimizer.safetensors", "rn
 
 @dataclass
 class State:
-    """Where a training is; the position of both streams and of the schedules follows from `step`."""
+    """How far a training is; the position of both streams and of the schedules follows from `step`."""
 
     step: int = 0
     """Steps done."""
     run_id: str = ""
     """MLflow run, the same however often the training is restarted."""
     world_size: int = 1
+    """Number of ranks that wrote it."""
     interval: dict[str, float] = field(default_factory=dict)
-    """Sums of losses (mean over ranks) since the last logged step, so that a mean over an interval survives a restart."""
+    """Sums of losses (mean over ranks) since the last logged step, so that their mean survives a restart."""
     interval_steps: int = 0
+    """Number of steps in those sums."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One row an epoch: losses and val metrics."""
+    """One row per epoch: step and val metrics."""
 
 
 class Checkpoints:
     """The checkpoints of one training.
 
     Args:
-        folder: where they are; made when missing.
-        keep: newest ones that stay.
+        folder: where they are; made if need be.
+        keep: number of the newest ones that stay.
 
     Attributes:
-        failing: whether the last save found the disk full or away (rank 0).
+        failing: whether the disk was full or away at the last save (rank 0).
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -70,12 +73,19 @@ class Checkpoints:
         process: Process,
         needed: bool = False,
     ) -> None:
-        """Write the state after `state.step` steps. Every rank must call; rank 0 writes.
+        """Write the state after `state.step` steps; every rank must call, rank 0 writes.
 
-        A disk that is full or away does not end the training: it is said once, the older checkpoints stay, and the next call tries again.
+        A disk that is full or away does not end the training: a warning says so once, the older checkpoints stay, and
+        the next call tries again.
+
+        Args:
+            state: of the training.
+            trainable, optimizer: whose tensors are written.
+            process: this rank.
+            needed: whether training cannot continue without this checkpoint.
 
         Raises:
-            CheckpointError: the disk does not take a checkpoint that is `needed`.
+            CheckpointError: the disk does not take a checkpoint that is `needed` (rank 0).
         """
         rng = _gather_rng(process)
         if process.is_main:
@@ -88,7 +98,8 @@ class Checkpoints:
                     ) from error
                 if not self.failing:
                     print(
-                        f"warning: no checkpoint at step {state.step} ({error}); training goes on, the next one is tried",
+                        f"warning: no checkpoint at step {state.step} ({error}); training continues, the next one will "
+                        "be tried",
                         file=sys.stderr,
                     )
                 self.failing = True
@@ -119,12 +130,13 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
         sync(self.folder)
         for old in self._all()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose manifest holds; broken ones are named on standard error."""
+        """Return the newest checkpoint whose manifest holds; standard error names the broken ones."""
         for path in self._all():
             problem = broken(path)
             if problem is None:
@@ -133,7 +145,7 @@ class Checkpoints:
         return None
 
     def load(self, path: Path, trainable: nn.Module, optimizer: torch.optim.Optimizer, process: Process) -> State:
-        """Put a checkpoint's state into trainable, optimizer and this rank's random numbers; every rank must call."""
+        """Restore trainable, optimizer and this rank's random numbers from a checkpoint; every rank must call."""
         state = State(**json.loads((path / STATE).read_text()))
         trainable.load_state_dict(load_file(path / MODEL))
         _restore_optimizer(optimizer, trainable, load_file(path / OPTIMIZER))
@@ -141,13 +153,14 @@ class Checkpoints:
             _set_rng(load_file(path / RNG), process)
         elif process.is_main:
             print(
-                f"note: {path} was written by {state.world_size} ranks, now {process.world_size}: random numbers start anew",
+                f"note: {path} was written by {state.world_size} ranks, now there are {process.world_size}: "
+                "random numbers start again",
                 file=sys.stderr,
             )
         return state
 
     def remove(self) -> None:
-        """Delete all of them: the training is finished and its result is elsewhere."""
+        """Delete all of them; the training has finished and its results are elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -155,7 +168,7 @@ class Checkpoints:
 
 
 def broken(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """Return why a checkpoint cannot be trusted, or None."""
     try:
         digests = json.loads((path / MANIFEST).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -193,21 +206,22 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, trainable: nn.Module, t
 
 
 def _gather_rng(process: Process) -> dict[str, Tensor]:
-    """Random states of all ranks, by rank; on rank 0."""
-    mine = torch.get_rng_state()
-    states = [torch.empty_like(mine) for _ in range(process.world_size)]
+    """Return the random states of all ranks, uint8, by device and rank; every rank must call."""
+    own_state = torch.get_rng_state()
+    states = [torch.empty_like(own_state) for _ in range(process.world_size)]
     if process.world_size > 1:
-        dist.all_gather(states, mine)
+        dist.all_gather(states, own_state)
     else:
-        states = [mine]
+        states = [own_state]
     result = {f"cpu.{rank}": state for rank, state in enumerate(states)}
+
     if process.device.type == "cuda":
-        device = torch.cuda.get_rng_state(process.device)
-        states = [torch.empty_like(device) for _ in range(process.world_size)]
+        own_state = torch.cuda.get_rng_state(process.device)
+        states = [torch.empty_like(own_state) for _ in range(process.world_size)]
         if process.world_size > 1:
-            dist.all_gather(states, device)
+            dist.all_gather(states, own_state)
         else:
-            states = [device]
+            states = [own_state]
         result |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
     return result
 

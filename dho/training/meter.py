@@ -16,11 +16,11 @@ from dho.training.checkpoint import State
 class Meter:
     """Mean losses, images per second and the share of time spent waiting for data, over an interval of steps.
 
-    The device is waited for in `read` only.
+    Only `read` waits for the device.
 
     Args:
         process: this rank.
-        state: whose interval is continued.
+        state: whose unfinished interval is continued.
     """
 
     sums: dict[str, Tensor]
@@ -36,7 +36,7 @@ class Meter:
         self.steps, self.images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
     def save(self, state: State) -> None:
-        """Put the sums of an unfinished interval into the state; every rank must call."""
+        """Store the sums of an unfinished interval in the state; every rank must call."""
         sums = mean_over_ranks(torch.stack(list(self.sums.values())), self.process).tolist() if self.sums else []
         state.interval, state.interval_steps = dict(zip(self.sums, sums, strict=True)), self.steps
 
@@ -61,8 +61,8 @@ class Meter:
         """Return the metrics of the interval and start a new one; every rank must call.
 
         Returns:
-            `train/loss/total` and `train/loss/<term>`, means over steps and ranks; `system/images_per_s` over all ranks;
-            `system/data_share`, the share of time spent waiting for data.
+            `train/loss/total` and `train/loss/<term>`, means over steps and ranks; `system/images_per_s` over all
+            ranks; `system/data_share`, the share of time spent waiting for data.
         """
         means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps, self.process).tolist()
         seconds = time.perf_counter() - self.since

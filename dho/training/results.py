@@ -1,4 +1,4 @@
-"""What a training leaves: the student, its head outputs on val and test, and one row of history per epoch."""
+"""The results of a training: the student, its head outputs on val and test, and one row of history per epoch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dho.training.checkpoint import State
 
 def measured(student: Student, index: Index, split: str, config: Config, process: Process) -> HeadOutputs | None:
     """Return the head outputs of a split on rank 0, None elsewhere; every rank must call."""
-    # Each rank has kept BatchNorm statistics of its own; those of rank 0 are the student's.
+    # Each rank has BatchNorm statistics of its own; those of rank 0 are the student's.
     if process.world_size > 1:
         for buffer in student.buffers():
             dist.broadcast(buffer, 0)
+
     train = config.train
     workers = loading_processes(config.launch.workers, process.device)
     rows = index.rows(split)
@@ -40,7 +41,17 @@ def write_results(
     fingerprints: dict[str, str],
     process: Process,
 ) -> None:
-    """Write head outputs, history and, last, the student; every rank must call, rank 0 writes."""
+    """Write head outputs, history and, last, the student; every rank must call, rank 0 writes.
+
+    Args:
+        workspace: whose `trained` is written.
+        student: on the rank's device.
+        index: the data it was trained on.
+        config: all parameters.
+        state: at the end of the training.
+        fingerprints: SHA-256 (hex) of data set, teacher store and parameters.
+        process: this rank.
+    """
     for split in ("val", "test"):
         outputs = measured(student, index, split, config, process)
         if outputs is not None:

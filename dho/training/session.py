@@ -1,4 +1,4 @@
-"""What surrounds the loop of one training: its identity, the checkpoint it resumes from, its MLflow run, and signals."""
+"""What surrounds the loop of a training: its identity, the checkpoint it resumes from, its MLflow run, and signals."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ _NOT_THE_RESULT = ("log_every", "checkpoint_every", "keep_checkpoints", "eval_ba
 
 
 class Session:
-    """One training, however often it is restarted: the same inputs and parameters give the same checkpoints and MLflow run.
+    """One training, however often it is restarted.
+
+    The same inputs and parameters lead to the same checkpoints and the same MLflow run.
 
     Args:
         config: all parameters.
         workspace: where checkpoints and unsent metrics are.
         process: this rank.
-        index, store: what is trained on.
-        trainable, optimizer: what a checkpoint holds.
+        index, store: on what the student is trained.
+        trainable, optimizer: what a checkpoint holds; restored from the newest one.
 
     Attributes:
         fingerprints: SHA-256 (hex) of data set, teacher store and parameters.
-        state: where the training is.
+        state: how far the training is.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class Session:
         self.checkpoints.save(self.state, self.trainable, self.optimizer, self.process, needed)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Record metrics at the present step, unless this run did so before it was restarted from an earlier checkpoint."""
+        """Record metrics at the present step.
+
+        After a restart from an earlier checkpoint, steps that this run has already recorded are left out.
+        """
         kind = next(iter(metrics)).split("/")[0]
         if self.tracker is not None and self.state.step > self.recorded[kind]:
             self.tracker.log_metrics(metrics, self.state.step)
@@ -86,7 +91,7 @@ class Session:
             CheckpointError: the disk takes no checkpoint.
         """
         if self.state.step == 0:
-            self.checkpoint(needed=True)  # a disk that takes none is discovered before there is a run
+            self.checkpoint(needed=True)  # a disk that takes none shows before there is a run
         if self.process.is_main:
             self.tracker = self._open_run()
         if self.state.step == 0:
@@ -127,7 +132,7 @@ class Session:
         return tracker
 
     def _resume(self) -> State:
-        """The newest whole checkpoint of this same training, chosen by rank 0 for all, or a new state."""
+        """Restore the newest whole checkpoint of this training, chosen by rank 0 for all; else return a new state."""
         chosen = torch.tensor([-1])
         if self.process.is_main and (path := self.checkpoints.latest()) is not None:
             chosen = torch.tensor([int(path.name.removeprefix("step-"))])

@@ -1,7 +1,7 @@
 """Starting a stage under torchrun: one process per GPU, or as many as `launch.processes` says.
 
-In a pod the training operator has already said how many nodes and processes there are (PET_* variables, which torchrun reads);
-the manifest says how many CPUs it asks for (CPUS).
+In a pod the training operator has already set how many nodes and processes there are (PET_* variables, which torchrun
+reads); the manifest sets the number of CPUs that the pod requests (CPUS).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dho.core.errors import INTERRUPTED, STOPPED, DhoError
 from dho.core.workspace import Workspace
 
 RESTARTS = "3"
-"""How often torchrun starts a node's processes again in place, before the pod ends and Kubernetes starts that again."""
+"""How often torchrun restarts a node's processes in place; after that the pod ends, and Kubernetes restarts it."""
 
 
 def exec_torchrun(config: Config, words: list[str]) -> None:
@@ -30,13 +30,13 @@ def exec_torchrun(config: Config, words: list[str]) -> None:
 
 
 def run_torchrun(config: Config, workspace: Workspace, words: list[str]) -> bool:
-    """Run `python -m dho <words>` with this config and workspace under torchrun and wait for its end.
+    """Run `python -m dho <words>` with this config and workspace under torchrun, and wait for its end.
 
     Returns:
         False when it was stopped by a signal, True when it finished.
 
     Raises:
-        DhoError: it failed; what was wrong is on its standard error.
+        DhoError: it failed; its standard error says why.
     """
     with tempfile.TemporaryDirectory() as folder:
         params = Path(folder) / "params.yaml"
@@ -71,16 +71,16 @@ def _torchrun(config: Config) -> list[str]:
 def _in_pod(environment: MutableMapping[str, str]) -> None:
     """Choose the settings of torchrun in a pod that the training operator leaves open."""
     if master := environment.get("PET_MASTER_ADDR"):
-        # The static rendezvous that torchrun would take meets once: a pod that starts again before the others have noticed
-        # talks to the old round and waits for ever. This one meets anew, however often.
+        # torchrun's default is a static rendezvous, which happens once: a pod that restarts before the others have
+        # noticed joins the old round and waits for ever. This one can be repeated.
         environment.setdefault("PET_RDZV_BACKEND", "c10d")
         environment.setdefault("PET_RDZV_ENDPOINT", f"{master}:{environment['PET_MASTER_PORT']}")
         environment.setdefault("PET_RDZV_ID", master)
         environment.setdefault("PET_MAX_RESTARTS", RESTARTS)
-        environment.pop("PET_NODE_RANK", None)  # its members agree on that
+        environment.pop("PET_NODE_RANK", None)  # the members of a rendezvous agree on that themselves
     # Otherwise a node that comes back ends the job (DistStoreError).
     environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if cpus := environment.get("CPUS"):
-        # Left to itself torch starts a thread for each core of the node, however few of them this pod was given.
+        # By default torch starts a thread for each core of the node, however few of them this pod was given.
         per_node = int(environment.get("PET_NPROC_PER_NODE", "1"))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // per_node)))

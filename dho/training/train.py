@@ -2,8 +2,8 @@
 
     dho train
 
-Stopped by SIGTERM or Ctrl-C it ends after the next step with a checkpoint and an exit status other than 0; started again, it
-resumes as if nothing had happened, in the same MLflow run: on a CPU bit for bit.
+If it is stopped by SIGTERM or Ctrl-C, it ends after the next step with a checkpoint and an exit status other than 0.
+When it is started again, it resumes in the same MLflow run as if nothing had happened: on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Trainer:
 
     Args:
         config: all parameters.
-        workspace: `prepared` and `teacher` are read, `trained` is written; each training has a folder below `checkpoints`.
+        workspace: `prepared` and `teacher` are read, `trained` is written, as is a folder of `checkpoints`.
         process: this rank.
 
     Raises:
-        StoreMismatch: the store is not of this data, these views or this teacher.
+        StoreMismatch: the store is of other data, other views or another teacher.
         ConfigError: the method or the student cannot be built.
     """
 
@@ -72,10 +72,14 @@ class Trainer:
         self.bf16 = precision == "bf16" or (precision == "auto" and process.device.type == "cuda")
 
     def run(self, then: Callable[[], None] | None = None) -> bool:
-        """Train to the end, or to the next step after a signal; True when finished.
+        """Train to the end, or to the next step after a signal.
 
         Args:
-            then: called on rank 0 once the results are written, while the other ranks wait and the last checkpoint still stands.
+            then: called on rank 0 once the results are written, while the other ranks wait and the last checkpoint is
+                still there.
+
+        Returns:
+            True when the training finished, False when a signal stopped it.
 
         Raises:
             TrackingError: MLflow cannot be reached (rank 0).
@@ -102,7 +106,7 @@ class Trainer:
         return True
 
     def loop(self) -> bool:
-        """Take the steps from `state.step` to the last; True when all are done, False when stopped by a signal."""
+        """Take the steps from `state.step` to the last; True when all are done, False when a signal stopped them."""
         train, state, steps = self.config.train, self.state, self.streams.steps
         per_epoch = self.streams.plan.steps_per_epoch
         meter = Meter(self.process, state)
@@ -134,7 +138,11 @@ class Trainer:
         return True
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Take one step on this rank's share of both batches (on its device), in micro-batches.
+        """Take one step on this rank's share of both batches, in micro-batches.
+
+        Args:
+            batch: on this rank's device.
+            step: number of the step, from 0.
 
         Returns:
             This rank's `loss` and its terms, detached scalars.
@@ -148,9 +156,9 @@ class Trainer:
         return losses
 
     def _backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Compute the gradients of one step; returns this rank's losses, detached."""
+        """Compute the gradients of one step, and return this rank's losses, detached scalars."""
         pieces = self.config.train.accumulate
-        # DDP averages gradients over the ranks; divided by this, that average is the gradient of the mean over all images.
+        # DDP averages gradients over the ranks; with losses divided by these, the average is that of the global mean.
         counts = {name: size / self.process.world_size for name, size in self.streams.sizes(step).items()}
         totals: dict[str, Tensor] = {}
         for piece in range(pieces):
@@ -167,7 +175,7 @@ class Trainer:
         return totals
 
     def to_device(self, batch: Batch) -> Batch:
-        """This rank's batch on its device."""
+        """Return this rank's batch on its device."""
         device = self.process.device
         return {
             stream: {key: value.to(device, non_blocking=True) for key, value in entries.items()}
@@ -175,7 +183,7 @@ class Trainer:
         }
 
     def end_epoch(self) -> None:
-        """Measure the student on val and record that."""
+        """Measure the student on val, and record the metrics in MLflow and in the history."""
         epoch = self.state.step // self.streams.plan.steps_per_epoch
         outputs = measured(self.student, self.index, "val", self.config, self.process)
         if outputs is not None:
@@ -186,7 +194,7 @@ class Trainer:
 
 
 def micro_batch(batch: Batch, piece: int, pieces: int) -> Batch:
-    """Share `piece` of the `pieces` micro-batches of a batch."""
+    """Return micro-batch `piece` (from 0) of the `pieces` into which a batch is cut."""
     if pieces == 1:
         return batch
     sliced: Batch = {}
@@ -197,13 +205,16 @@ def micro_batch(batch: Batch, piece: int, pieces: int) -> Batch:
 
 
 def train(config: Config, workspace: Workspace, process: Process, then: Callable[[], None] | None = None) -> bool:
-    """Train one student (Algorithm 1) and write it, its head outputs and its history; True when it finished.
+    """Train one student (Algorithm 1), and write it, its head outputs and its history.
 
     Args:
         config: all parameters.
         workspace: `prepared` and `teacher` are read, `trained` is written.
         process: this rank; every rank must call.
         then: called on rank 0 at the end, while the other ranks wait.
+
+    Returns:
+        True when the training finished, False when a signal stopped it.
 
     Raises:
         DhoError: as `Trainer` and `Trainer.run`.

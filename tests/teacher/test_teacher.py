@@ -1,4 +1,8 @@
-"""The teacher and its store: any open_clip checkpoint, interrupted and continued, on one rank or two, refused when it does not match."""
+"""The teacher and its store.
+
+Any open_clip checkpoint is loaded; a store is interrupted and continued, on one rank or two, and refused when it does
+not match.
+"""
 
 from __future__ import annotations
 

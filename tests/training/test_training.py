@@ -25,11 +25,11 @@ from dho.core.workspace import Workspace
 from dho.student.saved import load_student
 from dho.training.train import Trainer, train
 
-PATIENCE_S = 120
+MAX_WAIT_S = 120
 
 
 def workplace(tiny: Tiny, folder: Path, **train: Any) -> Path:
-    """One with a training long enough to be ended in the middle."""
+    """Make one with a training long enough to be ended in the middle."""
     return tiny.workplace(folder, **{"epochs": 15, **train})
 
 
@@ -42,12 +42,12 @@ def train_whole(folder: Path, processes: int) -> None:
 
 
 def train_here(folder: Path) -> None:
-    """What `dho train` does with one process, without the time it takes to start one."""
+    """Do what `dho train` does with one process, without the time it takes to start one."""
     assert train(load(folder / "params.yaml"), Workspace(folder), ALONE)
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:
-    """`dho train`, as torchrun starts it, in a process group of its own."""
+    """Start `dho train` with this many processes, in a process group of its own."""
     change(folder, "launch", processes=processes)
     return subprocess.Popen(
         [sys.executable, "-m", "dho", "train"],
@@ -60,14 +60,14 @@ def start(folder: Path, processes: int) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    output, _ = process.communicate(timeout=MAX_WAIT_S)
     assert process.returncode == 0, output
     return output
 
 
 def checkpoint_after(folder: Path, process: subprocess.Popen[str], step: int) -> None:
     """Wait until a checkpoint of at least `step` steps is there."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + MAX_WAIT_S
     while time.monotonic() < deadline:
         if any(int(path.name.removeprefix("step-")) >= step for path in folder.glob("checkpoints/*/step-*")):
             return
@@ -77,12 +77,12 @@ def checkpoint_after(folder: Path, process: subprocess.Popen[str], step: int) ->
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """What a lost machine does: torchrun, trainers and loader workers are gone at once."""
+    """Kill torchrun, trainers and loader workers at once, as a lost machine does."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    process.communicate(timeout=PATIENCE_S)
+    process.communicate(timeout=MAX_WAIT_S)
 
 
 def newest(folder: Path) -> Path:
@@ -99,7 +99,11 @@ def runs_of(tiny: Tiny, folder: Path) -> list[Any]:
 def pair(
     request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path, Path, str]:
-    """(processes, folder of an uninterrupted training, folder of one that was ended three times, output of its last start)."""
+    """Train without interruption, and with a training that is ended twice and finds a damaged checkpoint.
+
+    Returns:
+        Number of processes, folder of the first, folder of the second, output of its last start.
+    """
     processes: int = request.param
     whole = workplace(tiny, tmp_path_factory.mktemp("whole") / "w")
     train_whole(whole, processes)
@@ -108,7 +112,7 @@ def pair(
     first = start(broken, processes)
     checkpoint_after(broken, first, 4)
     first.send_signal(signal.SIGTERM)  # torchrun passes it to the trainers' groups, loader workers too
-    output, _ = first.communicate(timeout=PATIENCE_S)
+    output, _ = first.communicate(timeout=MAX_WAIT_S)
     assert first.returncode != 0, "a training that did not finish must not say it did"
     assert newest(broken).name > "step-00000004", output
     assert not (broken / "outputs/train/student").exists()
@@ -224,11 +228,11 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_neither_the_train
         output += line
     before = newest(folder)
     time.sleep(0.2)  # several checkpoints' time, and a small part of the training
-    assert newest(folder) == before, "checkpoints went on although no file could grow beyond 100 bytes"
+    assert newest(folder) == before, "checkpoints continued although no file could grow beyond 100 bytes"
     for trainer in trainers:
         trainer.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     output += training.stdout.read()
-    assert training.wait(PATIENCE_S) == 0, output
+    assert training.wait(MAX_WAIT_S) == 0, output
     assert output.count("warning: no checkpoint at step") == 1 and "checkpoints are written again" in output
     assert (whole / "outputs/train/history.csv").read_bytes() == (folder / "outputs/train/history.csv").read_bytes()
     client = MlflowClient(tiny.tree["tracking"]["uri"])
@@ -247,7 +251,7 @@ def test_mlflow_down_at_the_start_is_one_clear_line(tiny: Tiny, tmp_path: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=MAX_WAIT_S,
         check=False,
     )
     assert result.returncode != 0
@@ -278,6 +282,6 @@ def test_a_store_of_other_views_is_refused_by_name(tiny: Tiny, tmp_path: Path) -
     folder = workplace(tiny, tmp_path / "w")
     change(folder, "views", seed=7)
     process = start(folder, 1)
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    output, _ = process.communicate(timeout=MAX_WAIT_S)
     assert process.returncode != 0
     assert "views.seed is 0 in the store and 7 here" in output

@@ -1,4 +1,4 @@
-"""Every benchmark but the server's (`make serving-test`) runs to its last line, a ratio, on small data; it is not judged here."""
+"""Every benchmark but the server's (`make serving-test`) runs to its last line, a ratio that is not judged here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def benchmark(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[str]]:
-    """`benchmark("int8", ROUNDS=1)`: run one where its stages have been run, with a constant changed; returns the lines it prints."""
+    """Return a function: `run("int8", ROUNDS=1)` runs one with a constant changed and returns the lines it prints."""
     monkeypatch.chdir(tiny.workplace(tmp_path))
     monkeypatch.syspath_prepend(BENCHMARKS)
 
@@ -39,9 +39,9 @@ def benchmark(
 
 
 def ratio(line: str) -> float:
-    found = re.fullmatch(r"ratio (?:of \w+ )?([0-9.]+)", line)
-    assert found, line
-    return float(found[1])
+    match = re.fullmatch(r"ratio (?:of \w+ )?([0-9.]+)", line)
+    assert match, line
+    return float(match[1])
 
 
 def test_train_step_measures_every_epoch(benchmark: Callable[..., list[str]]) -> None:
@@ -52,7 +52,7 @@ def test_train_step_measures_every_epoch(benchmark: Callable[..., list[str]]) ->
 
 def test_allocator_measures_in_processes_of_their_own(benchmark: Callable[..., list[str]]) -> None:
     first, last = benchmark("allocator", ROUNDS=1, WARM_UP=1, STEPS=4)
-    assert first.startswith("round 1: given back: ") and first.count("page faults a step") == 2
+    assert first.startswith("round 1: returned: ") and first.count("page faults per step") == 2
     assert ratio(last) > 0
 
 
@@ -65,6 +65,12 @@ def test_teacher_store_measures_with_and_without_it(
     first, last = benchmark("teacher_store", *arguments, ROUNDS=1)
     assert re.fullmatch(r"round 1: an epoch with the store [0-9.]+ s, with the teacher online [0-9.]+ s", first)
     assert ratio(last) > (1 if "ViT-B-32" in arguments else 0)
+
+
+def test_startup_measures_help_against_an_empty_python(benchmark: Callable[..., list[str]]) -> None:
+    *medians, last = benchmark("startup", "--rounds", "1")
+    assert [line.split(":")[0] for line in medians] == ["empty Python", "import dho", "dho --help"]
+    assert ratio(last) > 1
 
 
 def test_int8_measures_size_and_time(benchmark: Callable[..., list[str]], tiny: Tiny) -> None:
