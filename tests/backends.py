@@ -147,7 +147,8 @@ class MlflowServer:
         self.address = f"http://127.0.0.1:{self.port}"
         (folder / "auth.ini").write_text(
             f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}/auth\nadmin_username = admin\n"
-            f"admin_password = {password}\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            f"admin_password = {password}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
             "auth_cache_ttl_seconds = 300\n"  # a password is hashed once, not with every request
         )
         self.environment = (
