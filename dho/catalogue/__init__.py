@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dho.core.errors import ConfigError
 
 
-class Row(Protocol):
+class Described(Protocol):
     """What every row of a catalogue has."""
 
     @property
     def doc(self) -> str:
         """One short phrase that says what it is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that names what it stands for and says what that is."""
+
+    implementation: str
+    """As "module:Class"; which class is expected is said at the table."""
+    doc: str
+    """One short phrase that says what it is."""
 
 
 def resolve(name: str) -> Any:
@@ -35,6 +46,6 @@ def resolve(name: str) -> Any:
         raise ConfigError(f"{name}: module {module!r} has no {attribute!r}") from error
 
 
-def listed(rows: Mapping[str, Row]) -> str:
+def listed(rows: Mapping[str, Described]) -> str:
     """Names and phrases of a catalogue's rows in one line, for the documentation of a setting."""
     return "; ".join(f"{name}: {row.doc}" for name, row in rows.items())

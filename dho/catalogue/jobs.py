@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class JobKindRow:
-    """One kind of job."""
-
-    implementation: str
-    """A subclass of `dho.cluster.job.JobKind`, as "module:Class"."""
-    doc: str
-
+from dho.catalogue import Row
 
 JOB_KINDS = {
-    "PyTorchJob": JobKindRow("dho.cluster.pytorchjob:PyTorchJob", "Kubeflow's training operator"),
+    "PyTorchJob": Row("dho.cluster.pytorchjob:PyTorchJob", "Kubeflow's training operator"),
 }
+"""Each is a subclass of `dho.cluster.job.JobKind`."""
 DEFAULT_KIND = "PyTorchJob"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dho.catalogue import Row
+
 
 @dataclass(frozen=True)
-class MethodRow:
-    """One method."""
+class MethodRow(Row):
+    """One method: a subclass of `dho.methods.base.Method`."""
 
-    implementation: str
-    """A subclass of `dho.methods.base.Method`, as "module:Class"."""
-    doc: str
     arguments: str | None = None
     """Frozen dataclass of the method's own settings (`train.method_args`), as "module:Class"."""
 

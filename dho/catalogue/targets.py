@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class TargetRow:
-    """One place where a stage can run."""
-
-    implementation: str
-    """A function (stage name, config, workspace, **options), as "module:function"."""
-    doc: str
-
+from dho.catalogue import Row
 
 TARGETS = {
-    "local": TargetRow("dho.stages:run_here", "this machine"),
-    "kubernetes": TargetRow("dho.cluster.launcher:run_stage", "a job on a cluster, for the stages that can be one"),
+    "local": Row("dho.stages:run_here", "this machine"),
+    "kubernetes": Row("dho.cluster.launcher:run_stage", "a job on a cluster, for the stages that can be one"),
 }
+"""Each is a function (stage name, config, workspace, **options)."""

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class ClassifierRow:
-    """One classifier."""
-
-    implementation: str
-    """A subclass of `dho.teacher.classifier.Classifier`, as "module:Class"."""
-    doc: str
-
+from dho.catalogue import Row
 
 CLASSIFIERS = {
-    "zero_shot": ClassifierRow("dho.teacher.classifier:ZeroShot", "cosine similarity with the text weights"),
+    "zero_shot": Row("dho.teacher.classifier:ZeroShot", "cosine similarity with the text weights"),
 }
+"""Each is a subclass of `dho.teacher.classifier.Classifier`."""
 
 
 def list_classifiers() -> dict[str, str]:

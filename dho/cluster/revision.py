@@ -214,7 +214,7 @@ def _result(revision: str, stage: str) -> str:
 
 
 def _without_git(folder: Path, remote: Remote, cache: Path) -> None:
-    """Make `folder` a DVC repository without git whose only remote is `remote`; what is pulled is checked by its hash."""
+    """Make `folder` a DVC repository without git whose only remote is `remote`; pulled files are checked by hash."""
     lines = ["[core]", "analytics = false", "no_scm = true", "remote = storage", "[cache]", f"dir = {cache.resolve()}"]
     lines += ["type = hardlink,copy", "['remote \"storage\"']", f"url = {remote.url}", "verify = true"]
     if remote.endpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_files_are_short_and_lines_fit_120_columns() -> None:
         f"{path.relative_to(ROOT)}:{number}"
         for path in files
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > MAX_COLUMNS
+        if len(re.sub(r"  # (noqa|type:).*", "", line)) > MAX_COLUMNS
     ]
     assert not wide
 
