@@ -1,9 +1,9 @@
-# make repro: the whole workflow. make test: every check. Both need Python 3.11 or newer, git and make, and nothing else.
+# make repro: the whole workflow. make test: every check. Both need only Python 3.11 or newer, git and make.
 SHELL := /bin/bash
 PYTHON ?= python3
 UV_VERSION := $(shell sed -n "s/^ARG UV_VERSION=//p" Dockerfile)
 RUN := source .venv/bin/activate &&
-# Some machines set it; every process would then compile torch, MLflow and timm again (13 s instead of 5 until a stage begins).
+# Where a machine sets it, every process compiles torch, MLflow and timm again (13 s instead of 5 until a stage begins).
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: repro test lint image image-test cluster-test compare bench downstream-test serving-test lock clean
@@ -29,8 +29,8 @@ image:
 image-test: image
 	tests/cluster/machine/image/test.sh $$(tests/cluster/machine/cluster.sh tag)
 
-# Real Kubernetes on this machine, as root, and the tests on it; with KUBECONFIG and DHO_TEST_CLUSTER=1 on that cluster instead.
-# TESTS: files and options for pytest; all tests without.
+# The tests on real Kubernetes on this machine, as root; with KUBECONFIG and DHO_TEST_CLUSTER=1 on that cluster instead.
+# TESTS: files and options for pytest; by default all tests.
 cluster-test: .venv/ready
 	$(RUN) tests/cluster/machine/cluster.sh test $(TESTS)
 
@@ -44,24 +44,28 @@ bench: .venv/ready
 	$(RUN) python benchmarks/int8.py
 	$(RUN) python benchmarks/startup.py
 
-# The environment: uv from PyPI in a place of its own, then exactly what the lock says, then this package.
+# The environment: uv from PyPI in a folder of its own, then exactly what the lock says, then this package.
 .venv/ready: requirements-dev.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("dho needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
-	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	$(PYTHON) -c 'import sys; \
+	  sys.exit("dho needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	test -x .uv/bin/uv || \
+	  { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	.uv/bin/uv venv -q --clear --python $(PYTHON) .venv
 	.uv/bin/uv pip install -q --python .venv/bin/python --require-hashes -r requirements-dev.txt
 	.uv/bin/uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
 # New exact versions from pyproject.toml.
+COMPILE := .uv/bin/uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes \
+  --no-emit-index-url --no-header
 lock:
-	.uv/bin/uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements.txt
-	.uv/bin/uv pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev -c requirements.txt -o requirements-dev.txt
+	$(COMPILE) --upgrade -o requirements.txt
+	$(COMPILE) --extra dev -c requirements.txt -o requirements-dev.txt
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache
 
-# A downstream team's environment, made fresh: the champion's accuracy there is that of metrics.json. After `make repro`.
+# A new environment of a downstream team: the champion's accuracy there is that of metrics.json. After `make repro`.
 downstream-test: .venv/ready
 	tests/downstream/run.sh
 

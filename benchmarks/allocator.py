@@ -39,8 +39,8 @@ def main() -> None:
 def measured(name: str) -> tuple[float, float]:
     """Return images per second and page faults per step, measured in a new process."""
     command = [sys.executable, __file__, name, str(WARM_UP), str(STEPS)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    rate, faults = map(float, answer.split())
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rate, faults = map(float, output.split())
     return rate, faults
 
 

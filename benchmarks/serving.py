@@ -172,7 +172,7 @@ def bad_requests(address: str, images: list[bytes], count: int = 50) -> int:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG file that says it holds width x height pixels, and does."""
+    """Return a small PNG file of width x height pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -2,10 +2,10 @@
 
     python benchmarks/teacher_store.py --teacher ViT-B-32 --steps 40
 
-In one process, in turns: steps of the training loop with embeddings from the store, and the same steps with the teacher
-run on every view, rendered at its own input size. The last line is the median ratio of seconds per epoch, online /
-store. With `--teacher` any open_clip architecture takes the teacher's place, with random weights: its cost does not
-depend on them. Needs the data of `make repro`.
+In one process, in turns: steps of the training loop with embeddings from the store, and the same steps with the
+teacher run on every view, rendered at its own input size. The last line is the median ratio of seconds per epoch,
+online / store. With `--teacher` any open_clip architecture takes the teacher's place, with random weights: its cost
+does not depend on them. Needs the data of `make repro`.
 """
 
 from __future__ import annotations

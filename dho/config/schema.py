@@ -157,7 +157,7 @@ class PretrainConfig:
     )
     confusions: dict[str, dict[str, float]] = setting(
         {},
-        "How often a class goes by another's name: {class: {other name: rate}}; as on the web, errors are systematic.",
+        "How often a class has another's name: {class: {other name: rate}}; as on the web, errors are systematic.",
     )
 
 

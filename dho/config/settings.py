@@ -58,7 +58,7 @@ def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
 
     Args:
         cls: dataclass whose fields are settings, or such dataclasses themselves.
-        tree: what YAML gave; absent keys take their defaults.
+        tree: what YAML holds; absent keys take their defaults.
         prefix: of keys in messages, with a dot at its end.
         where: file, for messages.
 

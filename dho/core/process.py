@@ -36,7 +36,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the only one that writes shared files and talks to MLflow."""
+        """Return whether this is rank 0, the only one that writes shared files and talks to MLflow."""
         return self.rank == 0
 
 
@@ -160,12 +160,12 @@ class StopFlag:
         """Return whether all ranks stop now; every rank must call it once per step."""
         if self._alone:
             return self._raised
-        answer = False
+        stop = False
         if self._pending is not None:
             flag, work = self._pending
             work.wait()
-            answer = bool(flag.item())
+            stop = bool(flag.item())
 
         flag = torch.tensor([float(self._raised)])
         self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
-        return answer
+        return stop

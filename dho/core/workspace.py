@@ -66,37 +66,37 @@ class Workspace:
 
     @property
     def params(self) -> Path:
-        """The parameter file."""
+        """Return the parameter file."""
         return self.root / "params.yaml"
 
     @property
     def student(self) -> Path:
-        """The trained student's folder."""
+        """Return the trained student's folder."""
         return self.trained / "student"
 
     @property
     def head_outputs(self) -> Path:
-        """The folder of the student's logits on val and test."""
+        """Return the folder of the student's logits on val and test."""
         return self.trained / "head_outputs"
 
     @property
     def history(self) -> Path:
-        """One CSV row per epoch of the training."""
+        """Return the CSV file with one row per epoch of the training."""
         return self.trained / "history.csv"
 
     @property
     def metrics(self) -> Path:
-        """What `evaluate` measured."""
+        """Return the file of what `evaluate` measured."""
         return self.evaluated / "metrics.json"
 
     @property
     def plots(self) -> Path:
-        """What `evaluate` drew."""
+        """Return the folder of what `evaluate` drew."""
         return self.evaluated / "plots"
 
     @property
     def unsent(self) -> Path:
-        """Metrics that MLflow does not have yet."""
+        """Return the folder of metrics that MLflow does not have yet."""
         return self.checkpoints / "unsent"
 
     def at(self, **elsewhere: Path | str) -> Workspace:

@@ -159,12 +159,12 @@ def mix(ce: npt.ArrayLike | None, kd: npt.ArrayLike | None, alpha: float, beta: 
 
 
 def head_source(head: str) -> str:
-    """Return the name by which one head's own probabilities go, in metrics and in answers: `ce` -> `ce_head`."""
+    """Return the name of one head's own probabilities in metrics and answers: `ce_head` for `ce`."""
     return f"{head}_head"
 
 
 def head_probabilities(head: str, logits: npt.ArrayLike, beta: float) -> npt.NDArray[np.float64]:
-    """Return what one head answers alone: logits [n, classes] -> probabilities, float64; `kd` at temperature beta."""
+    """Return one head's own probabilities, float64 [n, classes], of its logits; `kd` has temperature beta."""
     return softmax(logits, beta if head == "kd" else 1.0)
 
 

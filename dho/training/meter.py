@@ -1,4 +1,4 @@
-"""Sums of losses on the device, and where the time goes."""
+"""Sums of losses on the device, images per second, and the share of time spent waiting for data."""
 
 from __future__ import annotations
 

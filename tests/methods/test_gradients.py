@@ -17,10 +17,11 @@ STUDENT = {"model": "test_vit", "model_args": {}, "input_size": 160}
 COUNTS = {"labelled": 8.0, "unlabelled": 8.0}
 
 
-def make(tiny: Tiny, method: str) -> tuple[Method, Batch]:
-    config = changed(tiny, train={"method": method}, student=STUDENT)
-    made = create_method(config, open_classifier(config.teacher.classifier, tiny.store))
-    return made.train(), next(iter(Streams(tiny.index, tiny.store, config, ALONE, made.streams).from_step(0)))[1]
+def make(tiny: Tiny, name: str) -> tuple[Method, Batch]:
+    config = changed(tiny, train={"method": name}, student=STUDENT)
+    method = create_method(config, open_classifier(config.teacher.classifier, tiny.store))
+    streams = Streams(tiny.index, tiny.store, config, ALONE, method.streams)
+    return method.train(), next(iter(streams.from_step(0)))[1]
 
 
 def flat(parameters: list[nn.Parameter]) -> Tensor:

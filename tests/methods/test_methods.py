@@ -31,7 +31,7 @@ def make(tiny: Tiny, method: str = "dho", **train: object) -> tuple[Method, Batc
 
 
 def losses_of(method: Method, batch: Batch, counts: dict[str, float]) -> dict[str, torch.Tensor]:
-    """`loss` and the terms, as the loop records them."""
+    """Return `loss` and the terms, as the loop records them."""
     terms = method(batch, counts)
     return {"loss": total(method.weigh(terms)), **terms}
 
@@ -118,14 +118,14 @@ def test_unequal_shares_of_ranks_average_to_the_gradient_of_one_process(tiny: Ti
     shares = []
     for rank in range(ranks):
         trained.zero_grad()
-        mine = {
+        share = {
             name: {
                 key: value[slice(partition(sizes[name], rank, ranks).start, partition(sizes[name], rank, ranks).stop)]
                 for key, value in entries.items()
             }
             for name, entries in batch.items()
         }
-        losses_of(trained, mine, {name: size / ranks for name, size in sizes.items()})["loss"].backward()
+        losses_of(trained, share, {name: size / ranks for name, size in sizes.items()})["loss"].backward()
         shares.append(gradient(trained))
     torch.testing.assert_close(torch.stack(shares).mean(0), whole, rtol=1e-4, atol=1e-6)
 

@@ -208,8 +208,8 @@ def test_made_captions_are_wrong_as_often_as_configured_and_always_the_same(tiny
     assert captioned(index, settings)[1] == captions
     assert set(rows) == set(index.rows("captions"))
     truth = [CLASSES[label] for label in index.labels[rows]]
-    assert all(said == true for said, true in zip(captions, truth, strict=True) if true != "circle")
-    assert any(said != true for said, true in zip(captions, truth, strict=True))
+    assert all(caption == true for caption, true in zip(captions, truth, strict=True) if true != "circle")
+    assert any(caption != true for caption, true in zip(captions, truth, strict=True))
     with pytest.raises(DataError, match="'blob'"):
         captioned(index, dataclasses.replace(settings, confusions={"blob": {"circle": 0.1}}))
 

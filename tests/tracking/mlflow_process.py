@@ -68,7 +68,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Server]:
-    """A server that is coming up; it is killed at the end."""
+    """Start a server, which is killed at the end; it may take a while to answer."""
     server = Server(folder)
     yield server
     server.kill()
@@ -91,7 +91,7 @@ def not_given_a_cpu() -> float:
 
 
 def log_steps(tracker: Tracker, steps: range) -> float:
-    """Log metrics at each step, 20 ms apart; returns the seconds of the slowest call, without those without a CPU."""
+    """Log metrics at each step, 20 ms apart; return the seconds of the slowest call, but those without a CPU."""
     slowest = 0.0
     for step in steps:
         start = time.perf_counter() - not_given_a_cpu()

@@ -34,7 +34,7 @@ def workplace(tiny: Tiny, folder: Path, **train: Any) -> Path:
 
 
 def train_whole(folder: Path, processes: int) -> None:
-    """Train to the end: one process here, more as `dho train` starts them."""
+    """Train to the end: in this process, or in several as `dho train` starts them."""
     if processes == 1:
         train_here(folder)
     else:
@@ -99,7 +99,7 @@ def runs_of(tiny: Tiny, folder: Path) -> list[Any]:
 def pair(
     request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path, Path, str]:
-    """Train without interruption, and with a training that is ended twice and finds a damaged checkpoint.
+    """Train once without interruption, and once ended twice and resumed over a damaged checkpoint.
 
     Returns:
         Number of processes, folder of the first, folder of the second, output of its last start.
@@ -264,10 +264,10 @@ def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoi
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def breaks(trainer: Trainer, batch: Any, step: int) -> Any:
-        return taken(trainer, batch, step) if step < 5 else pytest.fail("as asked")
+        return original(trainer, batch, step) if step < 5 else pytest.fail("on purpose")
 
-    folder, taken = workplace(tiny, tmp_path / "w"), Trainer.step
-    with monkeypatch.context() as patched, pytest.raises(pytest.fail.Exception, match="as asked"):
+    folder, original = workplace(tiny, tmp_path / "w"), Trainer.step
+    with monkeypatch.context() as patched, pytest.raises(pytest.fail.Exception, match="on purpose"):
         patched.setattr(Trainer, "step", breaks)
         train_here(folder)
     assert newest(folder).name == "step-00000004"
