@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from dho.core.errors import DataError
 from dho.data.readers import LocalReader, Reader
 
-INDEX, CARD = "index.parquet", "dataset.json"
+INDEX, DATASET = "index.parquet", "dataset.json"
 
 SCHEMA = pa.schema(
     [
@@ -48,7 +48,7 @@ class Index:
     Args:
         folder: where index and shards are.
         table: content of `index.parquet`.
-        card: content of `dataset.json`.
+        dataset: content of `dataset.json`.
         reader: where the images' bytes come from; None for the shards in `folder`.
 
     Attributes:
@@ -61,12 +61,12 @@ class Index:
         name: the catalogue's name of the data set.
     """
 
-    def __init__(self, folder: Path, table: pa.Table, card: dict[str, Any], reader: Reader | None = None) -> None:
+    def __init__(self, folder: Path, table: pa.Table, dataset: dict[str, Any], reader: Reader | None = None) -> None:
         self.folder = folder
         self.reader = LocalReader(folder) if reader is None else reader
-        self.name: str = card["name"]
-        self.class_names: list[str] = card["class_names"]
-        self.fingerprint: str = card["fingerprint"]
+        self.name: str = dataset["name"]
+        self.class_names: list[str] = dataset["class_names"]
+        self.fingerprint: str = dataset["fingerprint"]
         self.labels: npt.NDArray[np.int64] = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         self.splits: npt.NDArray[np.str_] = np.asarray(table["split"].to_pylist())
         self.captions: list[str | None] = (
@@ -83,8 +83,8 @@ class Index:
     def load(cls, folder: Path) -> Index:
         """Read the index; raises `DataError` when the folder holds none."""
         try:
-            card = json.loads((folder / CARD).read_text())
-            return cls(folder, pq.read_table(folder / INDEX, schema=SCHEMA), card)
+            dataset = json.loads((folder / DATASET).read_text())
+            return cls(folder, pq.read_table(folder / INDEX, schema=SCHEMA), dataset)
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: no prepared data set here ({error}); run the prepare stage") from error
 

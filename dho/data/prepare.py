@@ -32,7 +32,7 @@ from dho.core.files import sync
 from dho.core.progress import progress
 from dho.core.workspace import Workspace
 from dho.data.dataset import data_set
-from dho.data.index import CARD, INDEX, SCHEMA, Index, fingerprint
+from dho.data.index import DATASET, INDEX, SCHEMA, Index, fingerprint
 from dho.data.sources import Source, open_source
 from dho.data.splits import SPLITS, Draw, draw
 from dho.runtime.dho_runtime import ImageRejected, decode
@@ -73,8 +73,8 @@ def prepare(config: Config, workspace: Workspace) -> Index:
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table, unfinished / INDEX)
     _write_rejected(source, rejected, unfinished / REJECTED)
-    card = _card(data, source, table, result, len(rejected))
-    (unfinished / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    dataset = _dataset(data, source, table, result, len(rejected))
+    (unfinished / DATASET).write_text(json.dumps(dataset, indent=2) + "\n")
     for path in unfinished.iterdir():
         sync(path)
 
@@ -87,7 +87,7 @@ def prepare(config: Config, workspace: Workspace) -> Index:
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-    counts = ", ".join(f"{count} {name}" for name, count in card["images"].items())
+    counts = ", ".join(f"{count} {name}" for name, count in dataset["images"].items())
     print(f"prepare: {counts}; {len(rejected)} rejected, {len(result.dropped)} dropped")
     return Index.load(out)
 
@@ -228,7 +228,7 @@ def _write_rejected(source: Source, rejected: dict[int, Inspection], path: Path)
         writer.writerows([source.records[number].path, inspection.reason] for number, inspection in rejected.items())
 
 
-def _card(config: DataConfig, source: Source, table: pa.Table, result: Draw, rejected: int) -> dict[str, Any]:
+def _dataset(config: DataConfig, source: Source, table: pa.Table, result: Draw, rejected: int) -> dict[str, Any]:
     counts = Counter(table["split"].to_pylist())
     row = data_set(config)
     return {

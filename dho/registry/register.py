@@ -31,7 +31,7 @@ from dho.config import Config
 from dho.core.errors import DhoError, TrackingError
 from dho.core.files import write_atomically
 from dho.core.workspace import Workspace
-from dho.data.index import CARD, INDEX, Index
+from dho.data.index import DATASET, INDEX, Index
 from dho.evaluation.metrics import COMBINED
 from dho.registry import CANDIDATE
 from dho.registry.evidence import (
@@ -162,7 +162,7 @@ def measure(config: Config, workspace: Workspace, trained: Trained, package: Pac
             evidence.save(package.folder / "evidence" / "test.parquet", index.keys[test.rows])
             measured["test"] = {"fingerprint": test.fingerprint, "images": len(test.rows), "metrics": evidence.metrics}
             images = [index.read(int(row)) for row in test.rows[:MAX_SPEED_IMAGES]]
-            dataset = json.loads((workspace.prepared / CARD).read_text())
+            dataset = json.loads((workspace.prepared / DATASET).read_text())
     measured["latency_ms"] = measure_speed(bare, images)
     write_atomically(package.folder / "evidence" / "measured.json", json.dumps(measured, indent=2) + "\n")
 
