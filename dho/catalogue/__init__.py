@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dho.core.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Described(Protocol):
@@ -44,6 +46,23 @@ def resolve(name: str) -> Any:
         raise ConfigError(f"{name}: no module {module!r} to import; install it, or set PYTHONPATH") from error
     except AttributeError as error:
         raise ConfigError(f"{name}: module {module!r} has no {attribute!r}") from error
+
+
+def implementation(name: str, rows: Mapping[str, Row], base: type[T]) -> type[T]:
+    """Return the class that a row, or "module:Class", names.
+
+    Args:
+        name: of a row of `rows`, or "module:Class" of the user's own.
+        rows: a catalogue.
+        base: what the class must be a subclass of.
+
+    Raises:
+        ConfigError: there is no such class, or it is not a subclass of `base`.
+    """
+    cls = resolve(rows[name].implementation if name in rows else name)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ConfigError(f"{name}: not a {base.__name__}; expected a subclass of {base.__module__}.{base.__name__}")
+    return cls
 
 
 def listed(rows: Mapping[str, Described]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dho.catalogue import resolve
+from dho.catalogue import implementation
 from dho.catalogue.jobs import DEFAULT_KIND, JOB_KINDS
 from dho.cluster.revision import REMOTE_PATTERN, REVISION_PATTERN
 from dho.core.errors import ClusterError, ConfigError
@@ -218,9 +218,7 @@ def job_kind(name: str) -> JobKind:
     """
     if name not in JOB_KINDS and ":" not in name:
         raise ConfigError(f"kind of job is {name!r}; expected one of {', '.join(JOB_KINDS)}, or module:Class")
-    cls = resolve(JOB_KINDS[name].implementation if name in JOB_KINDS else name)
-    if not (isinstance(cls, type) and issubclass(cls, JobKind)):
-        raise ConfigError(f"{name}: not a kind of job; expected a subclass of dho.cluster.job.JobKind")
+    cls = implementation(name, JOB_KINDS, JobKind)  # type: ignore[type-abstract]
     missing = sorted(cls.__abstractmethods__) + [key for key in JobKind.__annotations__ if not hasattr(cls, key)]
     if missing:
         raise ConfigError(f"{name}: it lacks {', '.join(missing)} of dho.cluster.job.JobKind")

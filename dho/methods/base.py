@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dho.catalogue import resolve
+from dho.catalogue import implementation
 from dho.catalogue.methods import METHODS
 from dho.config import Config, TrainConfig
 from dho.config.checks import method_args
@@ -173,8 +173,7 @@ def create_method(config: Config, classifier: Classifier) -> Method:
         ConfigError: there is no such class, or the student cannot be built.
     """
     train = config.train
-    row = METHODS.get(train.method)
-    implementation: type[Method] = resolve(train.method if row is None else row.implementation)
+    method = implementation(train.method, METHODS, Method)  # type: ignore[type-abstract]
     torch.manual_seed(train.seed)
-    student = Student(config.student, classifier.classes, implementation.heads)
-    return implementation(student, classifier, train, method_args(config))
+    student = Student(config.student, classifier.classes, method.heads)
+    return method(student, classifier, train, method_args(config))

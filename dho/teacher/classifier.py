@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dho.catalogue import resolve
+from dho.catalogue import implementation
 from dho.catalogue.teachers import CLASSIFIERS
 from dho.teacher.store import TeacherStore
 
@@ -106,6 +106,5 @@ def open_classifier(name: str, store: TeacherStore) -> Classifier:
     Raises:
         ConfigError: there is no such class.
     """
-    row = CLASSIFIERS.get(name)
-    implementation: type[Classifier] = resolve(name if row is None else row.implementation)
-    return implementation.from_store(store)
+    classifier = implementation(name, CLASSIFIERS, Classifier)  # type: ignore[type-abstract]
+    return classifier.from_store(store)

@@ -151,7 +151,7 @@ def test_every_feature_can_be_one_that_a_kind_lacks(feature: str, launch: Launch
         ("TrainJb", "kind of job is 'TrainJb'; expected one of PyTorchJob, or module:Class"),
         ("no_such_module:Job", "no_such_module:Job: no module 'no_such_module' to import"),
         ("fixed_jobs:Nothing", "fixed_jobs:Nothing: module 'fixed_jobs' has no 'Nothing'"),
-        ("fixed_jobs:not_a_class", "fixed_jobs:not_a_class: not a kind of job; expected a subclass of"),
+        ("fixed_jobs:not_a_class", "fixed_jobs:not_a_class: not a JobKind; expected a subclass of"),
         ("fixed_jobs:HalfDone", "fixed_jobs:HalfDone: it lacks min_replicas, phase, "),
         ("fixed_jobs:Misspelt", "fixed_jobs:Misspelt: cannot names elastc; expected some of nodes, gpus, elastic"),
     ],

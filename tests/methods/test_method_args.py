@@ -56,3 +56,11 @@ def test_settings_that_a_method_does_not_have_are_refused_at_load(train: dict[st
     with pytest.raises(ConfigError) as refused:
         from_dict({"train": train}, "params.yaml")
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_class_that_is_no_method_is_refused_by_name(tiny: Tiny) -> None:
+    config = changed(tiny, train={"method": f"{__name__}:Sharpness"})
+    with pytest.raises(
+        ConfigError, match=r"Sharpness: not a Method; expected a subclass of dho\.methods\.base\.Method"
+    ):
+        create_method(config, open_classifier(config.teacher.classifier, tiny.store))

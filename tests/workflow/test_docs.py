@@ -42,7 +42,7 @@ def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A tree with the keys of another set in it, as somebody does who edits the file."""
     result = dict(tree)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        both = isinstance(value, dict) and value and isinstance(result.get(key), dict)  # {} replaces what was there
         result[key] = merged(result[key], value) if both else value
     return result
 
@@ -80,7 +80,7 @@ def test_dvc_repro_prepare_works_with_a_block_for_ones_own_images(
     else:
         tree = merged(PARAMS, changes)
     tree["data"]["source"] = str(photos)
-    tree["data"]["splits"] = merged(tree["data"]["splits"], SPLITS | {"captions": 0, "unlabelled": None})
+    tree["data"]["splits"] = merged(tree["data"]["splits"], SPLITS)
 
     for path in ("dho", "pipelines", ".dvc", "dvc.yaml", ".dvcignore"):
         copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy2
