@@ -33,7 +33,7 @@ def predict(
     Raises:
         DataError: there is no trained, evaluated student.
     """
-    student, card = load_student(workspace.student)
+    student, info = load_student(workspace.student)
     try:
         tuned = json.loads(workspace.metrics.read_text())
     except OSError as error:
@@ -54,4 +54,4 @@ def predict(
         )
         probabilities = student.predict(student.normalise(torch.tensor(pixels)[None]), alpha, beta)[0]
         order = probabilities.argsort(descending=True).tolist()
-        yield path, [(card.class_names[number], float(probabilities[number])) for number in order]
+        yield path, [(info.class_names[number], float(probabilities[number])) for number in order]

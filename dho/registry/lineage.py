@@ -23,7 +23,7 @@ from dho.tracking.server import connect, one_line, tracking_uri
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from dho.student.saved import StudentCard
+    from dho.student.saved import StudentInfo
 
 SEEDS = ("train.seed", "data.splits.seed", "views.seed", "pretrain.seed")
 RECIPE = (
@@ -46,7 +46,7 @@ KEPT = ("params.yaml", "dvc.yaml", "dvc.lock")
 """Files of the repository that travel in the package."""
 
 
-def gather(info: StudentCard, run: Run, alpha: float, beta: float, workspace: Workspace) -> dict[str, str]:
+def gather(info: StudentInfo, run: Run, alpha: float, beta: float, workspace: Workspace) -> dict[str, str]:
     """Gather what made a student, by the name of its tag: commit, data, teacher, seeds, recipe, machine, software.
 
     Args:

@@ -43,7 +43,7 @@ def seen_by(student: dict[str, Any], index: Index, rows: Rows) -> Iterator[tuple
     """Yield images as a student sees them (the centre view), float32 [n, 3, size, size], with their rows, int64 [n].
 
     Args:
-        student: `input_size`, `mean`, `std` and `interpolation` (`StudentCard.student`).
+        student: `input_size`, `mean`, `std` and `interpolation` (`StudentInfo.student`).
         index: of the prepared data.
         rows: of the index, int64 [images].
     """

@@ -39,7 +39,7 @@ from dho.registry.onnx_export import export_onnx
 from dho.registry.onnx_int8 import calibration_batches, quantise_onnx
 from dho.runtime import dho_runtime
 from dho.student.model import Student
-from dho.student.saved import StudentCard, load_student
+from dho.student.saved import StudentInfo, load_student
 
 REQUIREMENTS = ("mlflow-skinny", "numpy", "onnxruntime", "pandas", "pillow")
 ARTIFACTS = {
@@ -61,7 +61,7 @@ class Trained:
     """
 
     student: Student
-    info: StudentCard
+    info: StudentInfo
     alpha: float
     beta: float
     metrics: dict[str, Any]
@@ -220,7 +220,7 @@ def package_content(config: Config, trained: Trained) -> dict[str, Any]:
     return names | student | {"max_pixels": config.data.max_pixels, "precision": config.registry.precision}
 
 
-def package_origin(info: StudentCard) -> dict[str, Any]:
+def package_origin(info: StudentInfo) -> dict[str, Any]:
     """Return the part of `package.json` that says where the student comes from."""
     names = ("method", "run_id", "steps", "fingerprints")
     return {name: getattr(info, name) for name in names} | {"model": info.student["model"]}

@@ -49,7 +49,7 @@ from dho.registry.lineage import gather, write_lineage
 from dho.registry.model_card import ModelCard, write_card
 from dho.registry.package import PackageFiles, Trained, build, check_answer, read_trained
 from dho.registry.promote import print_decision, promote, recover
-from dho.student.saved import StudentCard
+from dho.student.saved import StudentInfo
 from dho.tracking.server import connect, one_line, tracking_uri, who
 
 MAX_DIFFERENCE = 0.002
@@ -219,7 +219,7 @@ def _check_accuracy(evidence: Evidence, trained: Trained) -> None:
         )
 
 
-def _run_of(client: MlflowClient, info: StudentCard, folder: Path) -> Run:
+def _run_of(client: MlflowClient, info: StudentInfo, folder: Path) -> Run:
     try:
         return client.get_run(info.run_id)
     except MlflowException as error:
@@ -246,7 +246,7 @@ def _existing_version(client: MlflowClient, name: str, digest: str) -> Any:
     return max(ready, key=lambda version: int(version.version), default=None)
 
 
-def _log(client: MlflowClient, run: Run, info: StudentCard, package: PackageFiles) -> str:
+def _log(client: MlflowClient, run: Run, info: StudentInfo, package: PackageFiles) -> str:
     """Log the package as model `student` of the training run, in that run's experiment; its id."""
     # What an interrupted registration left: a package that is whole is taken, another one goes.
     models = client.search_logged_models([run.info.experiment_id], f"tags.`package.sha256` = '{package.digest}'")
@@ -290,7 +290,7 @@ def _fetch_back(client: MlflowClient, model_id: str, package: PackageFiles) -> d
     return tags
 
 
-def _log_metrics(client: MlflowClient, info: StudentCard, model_id: str, test: dict[str, float]) -> None:
+def _log_metrics(client: MlflowClient, info: StudentInfo, model_id: str, test: dict[str, float]) -> None:
     """Show the test metrics on the logged model. What the run has already is linked, not logged a second time."""
     metrics = []
     for key, value in test.items():
@@ -302,7 +302,7 @@ def _log_metrics(client: MlflowClient, info: StudentCard, model_id: str, test: d
 
 
 def _create_version(
-    client: MlflowClient, name: str, info: StudentCard, model_id: str, tags: dict[str, str], description: str
+    client: MlflowClient, name: str, info: StudentInfo, model_id: str, tags: dict[str, str], description: str
 ) -> Any:
     """Add the version and wait for it.
 

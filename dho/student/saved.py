@@ -21,8 +21,8 @@ from dho.student.model import Student
 
 
 @dataclass(frozen=True)
-class StudentCard:
-    """What `student.json` holds beside the weights."""
+class StudentInfo:
+    """Content of `student.json`."""
 
     student: dict[str, Any]
     """The `student` section of the parameters."""
@@ -36,22 +36,26 @@ class StudentCard:
     """SHA-256 of the data set, the teacher store and the parameters it was trained with."""
 
 
-def save_student(folder: Path, student: Student, card: StudentCard) -> None:
-    """Write the two files of a student; the card comes last, so a folder with a card is whole."""
+def save_student(folder: Path, student: Student, info: StudentInfo) -> None:
+    """Write the two files of a student; `student.json` comes last, so a folder that holds it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         folder / "model.safetensors", {name: value.detach().cpu() for name, value in student.state_dict().items()}
     )
-    write_atomically(folder / "student.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
+    write_atomically(folder / "student.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
-def load_student(folder: Path) -> tuple[Student, StudentCard]:
-    """Read a student back, in eval mode on the CPU; raises `DataError` when the folder holds none."""
+def load_student(folder: Path) -> tuple[Student, StudentInfo]:
+    """Read a student, in eval mode on the CPU, and its `student.json`.
+
+    Raises:
+        DataError: the folder holds no student.
+    """
     try:
-        card = StudentCard(**json.loads((folder / "student.json").read_text()))
+        info = StudentInfo(**json.loads((folder / "student.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder}: no student here ({error}); run the train stage first") from error
-    config = StudentConfig(**{**card.student, "pretrained": False})
-    student = Student(config, len(card.class_names), tuple(card.heads))
+    config = StudentConfig(**{**info.student, "pretrained": False})
+    student = Student(config, len(info.class_names), tuple(info.heads))
     student.load_state_dict(load_file(folder / "model.safetensors"))
-    return student.eval(), card
+    return student.eval(), info

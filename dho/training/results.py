@@ -15,7 +15,7 @@ from dho.core.workspace import Workspace
 from dho.data.index import Index
 from dho.evaluation.head_outputs import HeadOutputs, head_outputs
 from dho.student.model import Student
-from dho.student.saved import StudentCard, save_student
+from dho.student.saved import StudentInfo, save_student
 from dho.training.checkpoint import State
 
 
@@ -59,7 +59,7 @@ def write_results(
 
     if process.is_main:
         write_atomically(workspace.history, _csv(state.history))
-        card = StudentCard(
+        info = StudentInfo(
             student=to_dict(config.student),
             heads=list(student.heads),
             class_names=index.class_names,
@@ -68,7 +68,7 @@ def write_results(
             steps=state.step,
             fingerprints=fingerprints,
         )
-        save_student(workspace.student, student, card)
+        save_student(workspace.student, student, info)
     barrier()
 
 

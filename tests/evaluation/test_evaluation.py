@@ -27,7 +27,7 @@ from dho.evaluation.metrics import (
 from dho.evaluation.tuning import search
 from dho.runtime.dho_runtime import mix
 from dho.student.model import Student
-from dho.student.saved import StudentCard, load_student, save_student
+from dho.student.saved import StudentInfo, load_student, save_student
 
 PROBABILITIES = np.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
 LABELS = np.array([0, 1, 1, 2])
@@ -165,10 +165,10 @@ def test_a_saved_student_answers_as_before(tmp_path: Path, heads: tuple[str, ...
     student = Student(config, 3, heads).eval()
     from dho.config import to_dict
 
-    card = StudentCard(to_dict(config), list(heads), ["a", "b", "c"], "dho", "run", 7, {"dataset": "0"})
-    save_student(tmp_path / "student", student, card)
+    info = StudentInfo(to_dict(config), list(heads), ["a", "b", "c"], "dho", "run", 7, {"dataset": "0"})
+    save_student(tmp_path / "student", student, info)
     loaded, read = load_student(tmp_path / "student")
     images = torch.rand(2, 3, 32, 32)
-    assert read == card
+    assert read == info
     torch.testing.assert_close(loaded.predict(images, 0.5, 0.5), student.predict(images, 0.5, 0.5))
     assert {path.name for path in (tmp_path / "student").iterdir()} == {"model.safetensors", "student.json"}

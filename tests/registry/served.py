@@ -22,7 +22,7 @@ from dho.core.workspace import Workspace
 from dho.registry.register import register
 from dho.runtime import dho_runtime
 from dho.student.model import Student
-from dho.student.saved import StudentCard, save_student
+from dho.student.saved import StudentInfo, save_student
 from dho.tracking.server import connect
 
 STUDENT = StudentConfig(
@@ -94,7 +94,7 @@ def make_student(folder: Path, run_id: str, heads: tuple[str, ...], seed: int = 
     method = "dho" if len(heads) == 2 else heads[0]
     fingerprints = {"data": "d" * 64, "parameters": "p" * 64}
     save_student(
-        folder, student, StudentCard(to_dict(STUDENT), list(heads), CLASSES, method, run_id, 100, fingerprints)
+        folder, student, StudentInfo(to_dict(STUDENT), list(heads), CLASSES, method, run_id, 100, fingerprints)
     )
     return student
 

@@ -24,7 +24,7 @@ from dho.data.prepare import prepare
 from dho.registry.register import register
 from dho.runtime.dho_runtime import centre_box, decode, render
 from dho.student.model import Student
-from dho.student.saved import StudentCard, save_student
+from dho.student.saved import StudentInfo, save_student
 from dho.tracking.server import connect
 
 STUDENT = StudentConfig(model="resnet18", model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 32]}, input_size=32)
@@ -178,9 +178,9 @@ def register_student(config: Config, client: MlflowClient, folder: Path, kind: s
     client.log_param(run.info.run_id, "train.seed", 7)
     client.log_param(run.info.run_id, "teacher.model", "ViT-B-16")
     prints = {"dataset": index.fingerprint, "teacher_store": "s" * 64}
-    card = StudentCard(to_dict(STUDENT), ["ce", "kd"], index.class_names, "dho", run.info.run_id, 9, prints)
+    info = StudentInfo(to_dict(STUDENT), ["ce", "kd"], index.class_names, "dho", run.info.run_id, 9, prints)
     made = workspace(folder, place, kind)
-    save_student(made.student, student, card)
+    save_student(made.student, student, info)
     right = (
         student.predict(network_inputs(index, index.rows("test")), ALPHA, BETA).argmax(1).numpy()
         == index.labels[index.rows("test")]

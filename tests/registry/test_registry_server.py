@@ -24,7 +24,7 @@ from dho.registry import lease as leases
 from dho.registry.promote import history, promote, rollback
 from dho.registry.register import register
 from dho.student.model import Student
-from dho.student.saved import StudentCard, save_student
+from dho.student.saved import StudentInfo, save_student
 from dho.tracking.server import connect
 
 pytestmark = [
@@ -58,7 +58,7 @@ class House:
         run = client.create_run(number)
         torch.manual_seed(seed)
         student = Student(STUDENT, 3).eval()
-        card = StudentCard(
+        info = StudentInfo(
             to_dict(STUDENT),
             ["ce", "kd"],
             self.tiny.index.class_names,
@@ -76,7 +76,7 @@ class House:
             evaluated=folder,
             registered=folder / "out.json",
         )
-        save_student(workspace.student, student, card)
+        save_student(workspace.student, student, info)
         workspace.metrics.write_text(json.dumps({"alpha": 0.4, "beta": 0.5}))
         tree = to_dict(self.config)
         tree["registry"] = {"name": name, "rules": {"min_gain": -1.0, "max_class_drop": 1.0}}

@@ -188,8 +188,8 @@ def test_a_restarted_training_is_one_mlflow_run_with_each_metric_once(
 def test_a_finished_training_leaves_no_checkpoints_and_a_whole_card(pair: tuple[int, Path, Path, str]) -> None:
     _, whole, _, _ = pair
     assert not list(whole.glob("checkpoints/*/step-*"))
-    student, card = load_student(whole / "outputs/train/student")
-    assert card.class_names == ["circle", "square", "stripes"] and card.heads == ["ce", "kd"] and not student.training
+    student, info = load_student(whole / "outputs/train/student")
+    assert info.class_names == ["circle", "square", "stripes"] and info.heads == ["ce", "kd"] and not student.training
 
 
 def test_two_processes_train_on_the_same_batches_as_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -274,8 +274,8 @@ def test_a_changed_parameter_starts_anew_and_not_from_another_trainings_checkpoi
     change(folder, "train", eta=3.0, epochs=1)
     train_here(folder)
     assert "resumes from" not in capsys.readouterr().out
-    card = json.loads((folder / "outputs/train/student/student.json").read_text())
-    assert card["steps"] == 9
+    info = json.loads((folder / "outputs/train/student/student.json").read_text())
+    assert info["steps"] == 9
 
 
 def test_a_store_of_other_views_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:

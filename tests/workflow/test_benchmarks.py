@@ -77,7 +77,7 @@ def test_int8_measures_size_and_time(benchmark: Callable[..., list[str]], tiny: 
     assert train(tiny.config, Workspace(), ALONE)
     report.evaluate(tiny.config, Workspace())
     lines = benchmark("int8", CALLS=5)
-    assert [line.split(":")[0] for line in lines if "top-1" in line] == ["float32", "int8"]
+    assert [line.split(":")[0] for line in lines if ": top-1 " in line] == ["float32", "int8"]
     size, time = (ratio(line) for line in lines[-2:])
     assert size > 1 and time > 0
 

@@ -282,5 +282,5 @@ def test_a_method_of_ones_own_needs_no_row(tiny: Tiny, tmp_path: Path) -> None:
     training = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     training.communicate(timeout=PATIENCE_S)
     assert training.returncode == 0 != signal.SIGTERM
-    card = json.loads((Workspace(folder).student / "student.json").read_text())
-    assert card["method"] == "my_feature:FeatureDistillation" and card["heads"] == ["ce"]
+    info = json.loads((Workspace(folder).student / "student.json").read_text())
+    assert info["method"] == "my_feature:FeatureDistillation" and info["heads"] == ["ce"]
