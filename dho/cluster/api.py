@@ -133,16 +133,16 @@ class Cluster:
                 **self._jobs, name=name, propagation_policy="Foreground", **self._limits()
             )
 
-    def wait_until_gone(self, name: str, patience_s: float = 180.0) -> None:
+    def wait_until_gone(self, name: str, max_wait_s: float = 180.0) -> None:
         """Wait until a job that was deleted, and with it its pods, is gone; raises `ClusterError`."""
         from kubernetes.watch import Watch
 
         call, arguments = self.list_and_watch("job", name)
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + max_wait_s
         while self.job(name) is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"job {name} is still being deleted after {patience_s:.0f} s; "
+                    f"job {name} is still being deleted after {max_wait_s:.0f} s; "
                     f"`kubectl describe {self.kind.name.lower()} {name}`"
                 )
             with self._errors(f"job {name}"):

@@ -131,28 +131,28 @@ def publish(root: Path, stage: str = "train") -> str:
     return revision
 
 
-def fetch(remote: Remote, revision: str, folder: Path, stage: str, patience_s: float = MAX_WAIT_S) -> None:
-    """Make `folder` the working folder of a job: parameters, and the data that `stage` reads. Called again, it goes on.
+def fetch(remote: Remote, revision: str, folder: Path, stage: str, max_wait_s: float = MAX_WAIT_S) -> None:
+    """Make `folder` the working folder of a job: parameters, and the data that `stage` reads. Called again, it resumes.
 
     Raises:
         DataError: `revision` is not one, or what the remote holds under its name is something else.
-        RemoteError: there is no such revision, the remote refuses, or it did not answer for `patience_s` seconds.
+        RemoteError: there is no such revision, the remote refuses, or it did not answer for `max_wait_s` seconds.
     """
     if not REVISION_PATTERN.fullmatch(revision):
         raise DataError(f"DHO_REVISION is {revision!r}; expected 64 hex digits, as `dho publish` prints them")
     name = f"revisions/{revision}.json"
-    bundle = retry(lambda: remote.read(name), patience_s)
+    bundle = retry(lambda: remote.read(name), max_wait_s)
     if hashlib.sha256(bundle).hexdigest() != revision:
         raise DataError(f"{remote.url}/{name} is not revision {revision}: its SHA-256 differs; run `dho publish` again")
     for file, text in json.loads(bundle).items():
         if file in FILES:
             write_atomically(folder / file, text)
     _without_git(folder, remote, folder / ".dvc/cache")
-    retry(lambda: _dvc(folder, "pull", *needs(stage)), patience_s)
+    retry(lambda: _dvc(folder, "pull", *needs(stage)), max_wait_s)
 
 
 def return_results(
-    remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], patience_s: float = MAX_WAIT_S
+    remote: Remote, revision: str, folder: Path, stage: str, outputs: dict[str, Path], max_wait_s: float = MAX_WAIT_S
 ) -> None:
     """Put a job's outputs (name -> file or folder) into the remote, and last the file that names them all.
 
@@ -169,8 +169,8 @@ def return_results(
             else:
                 shutil.copy2(path, work / stage / name)
         _dvc(work, "add", stage)
-        retry(lambda: _dvc(work, "push", f"{stage}.dvc"), patience_s)
-        retry(lambda: remote.write(_result(revision, stage), (work / f"{stage}.dvc").read_bytes()), patience_s)
+        retry(lambda: _dvc(work, "push", f"{stage}.dvc"), max_wait_s)
+        retry(lambda: remote.write(_result(revision, stage), (work / f"{stage}.dvc").read_bytes()), max_wait_s)
 
 
 def collect(workspace: Workspace, revision: str, stage: str) -> None:

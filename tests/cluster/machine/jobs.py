@@ -92,19 +92,19 @@ class Job:
             time.sleep(pause_s)
         return found
 
-    def wait_for_log(self, words: str, patience_s: float = 60) -> None:
+    def wait_for_log(self, words: str, max_wait_s: float = 60) -> None:
         """Wait until a pod's log holds the words; ask before the job ends, as the workers' pods go with it."""
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + max_wait_s
         while words not in self.logs():
-            assert time.monotonic() < deadline, f"no log says {words!r} within {patience_s} s\n{self.story()}"
+            assert time.monotonic() < deadline, f"no log says {words!r} within {max_wait_s} s\n{self.story()}"
             time.sleep(1)
 
-    def wait_for_success(self, patience_s: float = PATIENCE_S) -> None:
+    def wait_for_success(self, max_wait_s: float = PATIENCE_S) -> None:
         """Wait until the job has succeeded."""
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + max_wait_s
         while "Succeeded" not in (phases := self.phases()):
             assert "Failed" not in phases, self.story()
-            assert time.monotonic() < deadline, f"not finished in {patience_s} s\n{self.story()}"
+            assert time.monotonic() < deadline, f"not finished in {max_wait_s} s\n{self.story()}"
             time.sleep(1)
 
     def kill_trainers(self, replica: str) -> None:
