@@ -1,7 +1,8 @@
 """Label a folder of images with a registered model, into a parquet file.
 
 from dho.config import load
-batch_predict(load("params.yaml").tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
+tracking = load("params.yaml").tracking
+batch_predict(tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
 """
 
 from __future__ import annotations

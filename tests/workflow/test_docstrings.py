@@ -288,3 +288,13 @@ def lambda_without_self(function: Any) -> Any:
     with contextlib.suppress(NameError, TypeError):
         bound.__annotations__ = {"return": typing.get_type_hints(function).get("return", Any)}
     return bound
+
+
+def test_no_example_hides_from_this_test_at_the_left_margin() -> None:
+    code = re.compile(r"\w[\w., ]* = \w+\(|with \w+\(|from [\w.]+ import |import \w+$|@\w+|\w+\(.*\)\s*(#.*)?$")
+    for name in ["dho", *(module.name for module in pkgutil.walk_packages(dho.__path__, "dho."))]:
+        path = Path(str(importlib.util.find_spec(name).origin))  # type: ignore[union-attr]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                lines = (ast.get_docstring(node) or "").splitlines()
+                assert not [line for line in lines if code.match(line)], name

@@ -13,6 +13,7 @@ import grimp
 import pytest
 import yaml
 
+import dho
 from dho.catalogue import resolve
 from dho.config import from_dict, to_dict
 from dho.core.workspace import FOLDERS, Workspace
@@ -80,6 +81,11 @@ def test_a_stage_is_a_function_of_config_workspace_and_process(stage: Stage) -> 
     parameters = list(inspect.signature(resolve(stage.function)).parameters)
     expected = ["config", "workspace", *(["process"] if stage.torchrun else [])]
     assert parameters[: len(expected)] == expected
+
+
+@EACH
+def test_a_stage_is_a_public_name(stage: Stage) -> None:
+    assert getattr(dho, stage.name) is resolve(stage.function)
 
 
 @EACH
