@@ -1,7 +1,9 @@
 """Where the bytes of a prepared data set come from: a reader answers (shard, offset, size).
 
-reader = LocalReader(Path("data/prepared"))
-reader.read("labelled-00000.tar", 512, 1834)
+    reader = LocalReader(Path("data/prepared"))
+    reader.read("labelled-00000.tar", 512, 1834)
+
+Shards are opened once per process and stay open.
 """
 
 from __future__ import annotations

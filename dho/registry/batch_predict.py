@@ -1,8 +1,10 @@
 """Label a folder of images with a registered model, into a parquet file.
 
-from dho.config import load
-tracking = load("params.yaml").tracking
-batch_predict(tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
+    from dho.config import load
+    tracking = load("params.yaml").tracking
+    batch_predict(tracking, "models:/dho-student@champion", [Path("photos")], Path("labels.parquet"))
+
+Every row says which version answered.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What a data set consists of before it is divided: one `Record` per image, and the way to read its bytes.
 
-source = open_source(config.data, workspace.raw)
-source.records[0]           # Record(path="circle/000.jpg", pool="train", label=0, caption=None)
-source.read(0)              # the bytes of that image file
+    source = open_source(config.data, workspace.raw)
+    source.records[0]           # Record(path="circle/000.jpg", pool="train", label=0, caption=None)
+    source.read(0)              # the bytes of that image file
+
+A layout is one implementation of `Source`, in a file of its own.
 """
 
 from __future__ import annotations
