@@ -188,9 +188,9 @@ def run_here(name: str, config: Config, workspace: Workspace, again: list[str] |
     """Run a stage on this machine: in this process, or under torchrun with one process per GPU.
 
     Args:
-        name, config, workspace: as `run`. again: the words after `dho` that run this very stage again; torchrun then
-            replaces this process to run them. Without them a stage of one process runs in this one, and more processes
-            are waited for.
+        name, config, workspace: as `run`.
+        again: the words after `dho` that run this very stage again; for a stage under torchrun, torchrun then replaces
+            this process to run them. Without them a stage of one process runs in this one, and more are waited for.
         options: of the stage's function.
 
     Raises:
@@ -206,12 +206,17 @@ def run_here(name: str, config: Config, workspace: Workspace, again: list[str] |
     if not under_torchrun() and again is not None:
         exec_torchrun(config, again)
     if not under_torchrun() and processes(config) > 1:
-        return run_torchrun(config, workspace, [name, *(f"--{option}" for option, on in options.items() if on)])
+        return run_torchrun(config, workspace, words(name, options))
 
     from dho.core.process import process_group
 
     with process_group() as process:
         return function(config, workspace, process, **options)
+
+
+def words(name: str, options: dict[str, Any]) -> list[str]:
+    """Return the words after `dho` that run a stage with options of its function, which are switches."""
+    return [name, *(f"--{option}" for option, on in options.items() if on)]
 
 
 def script(name: str, **options: Any) -> None:
@@ -220,8 +225,5 @@ def script(name: str, **options: Any) -> None:
     Exits with `STOPPED` after a training that was told to stop.
     """
     with one_line_errors():
-        again = [name, *(f"--{option}" for option, on in options.items() if on)]
-        stage = STAGES[name]
-        more: dict[str, Any] = {"again": again} if stage.torchrun else {}
-        if run(name, load(), Workspace(), **options, **more) is False:
+        if run(name, load(), Workspace(), again=words(name, options), **options) is False:
             sys.exit(STOPPED)

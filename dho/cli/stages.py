@@ -12,7 +12,7 @@ from dho.cli.options import PARAMS, WORKFLOW, Params
 from dho.config import load
 from dho.core.errors import STOPPED, ConfigError
 from dho.core.workspace import FOLDERS, Workspace
-from dho.stages import STAGES, run
+from dho.stages import STAGES, run, words
 
 At = Annotated[
     list[str] | None,
@@ -45,11 +45,9 @@ def _teach(
 
 
 def _run(name: str, params: Path, at: list[str] | None, **options: Any) -> None:
-    more: dict[str, Any] = {}
-    if STAGES[name].torchrun:
-        words = [name, "--params", str(params), *(word for place in at or [] for word in ("--at", place))]
-        more["again"] = words + [f"--{option}" for option, on in options.items() if on]
-    if run(name, load(params), _workspace(at), **options, **more) is False:
+    places = [word for place in at or [] for word in ("--at", place)]
+    again = [*words(name, options), "--params", str(params), *places]
+    if run(name, load(params), _workspace(at), again=again, **options) is False:
         raise typer.Exit(STOPPED)
 
 

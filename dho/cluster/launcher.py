@@ -9,7 +9,7 @@ from typing import Any
 from dho.cluster.checks import check
 from dho.cluster.job import Document, Launch, elastic_range, job_kind
 from dho.cluster.manifest import render
-from dho.cluster.revision import collect
+from dho.cluster.revision import Remote, collect, publish
 from dho.config import Config, KubernetesConfig
 from dho.core.errors import INTERRUPTED, NOT_STARTED, SUCCEEDED, ClusterError
 from dho.core.workspace import Workspace
@@ -51,8 +51,6 @@ def published(launch: Launch, root: Path) -> Launch:
         DhoError: as `dho.cluster.revision.publish`.
     """
     if launch.revision is None:
-        from dho.cluster.revision import Remote, publish
-
         revision = publish(root, launch.stage)
         launch = replace(launch, revision=revision, remote=Remote.of_project(root).url)
     return replace(launch, name=launch.name or f"dho-{launch.stage}-{(launch.revision or '')[:8]}")

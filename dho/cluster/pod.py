@@ -54,9 +54,8 @@ def train_in_pod(config: Config, workspace: Workspace, process: Process) -> bool
 
     with others_wait(process):
         if process.is_main:
-            retry(
-                lambda: connect(config.tracking)
-            )  # MLflow may have been on a node that was lost, and comes back elsewhere
+            # MLflow may have been on a node that was lost, and comes back elsewhere.
+            retry(lambda: connect(config.tracking))
     return train(config, workspace, process, then)
 
 

@@ -133,13 +133,11 @@ def check_command(line: str) -> None:
     assert words[0] == "dho", f"{line}: what is {words[0]}?"
     command: Any = typer.main.get_command(app)
     rest = words[1:]
-    context = click.Context(command)
     while isinstance(command, click.Group) or hasattr(command, "commands"):
         assert rest and rest[0] in command.commands, f"dho has no command {' '.join(rest[:1])!r}"
         command, rest = command.commands[rest[0]], rest[1:]
     options = {option for parameter in command.params for option in parameter.opts}
     assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= options, line
-    del context
 
 
 class Binder(ast.NodeVisitor):
